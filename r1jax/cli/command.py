@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`r1jax VERB [--flags]`: parses, asks one program to run, shows the result.
+
+Results go to stdout, progress and errors to stderr. Exit status: 0 done, 1 failed while running,
+2 the command or its input is wrong (nothing was overwritten), 130 interrupted (the same command
+resumes).
+"""
+
+import argparse
+import functools
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Programs and JAX are imported where they are called: `--help` and a wrong flag answer at once.
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+_ABOUT = """\
+The DeepSeek-R1 system in JAX: a DeepSeek-V3-shaped model goes through every stage
+of the R1 recipe (pre-training, cold-start SFT, GRPO, rejection sampling and SFT, a
+second RL stage, distillation into two dense students) and is measured on held-out
+problems after each.
+
+verbs:
+  quickstart  the whole recipe on a laptop, in minutes
+  train       the recipe of a config file
+"""
+_EXAMPLES = """\
+examples:
+  r1jax quickstart                        the whole recipe on a laptop, in minutes
+  r1jax quickstart --seed=1 --out=runs/b  another seed, in a folder beside it
+  r1jax train --config=configs/quickstart.py --config.rl_1.steps=50
+                                          the same in the open, any field changed
+  r1jax VERB --help                       what a verb takes and leaves behind
+
+Ctrl-C loses nothing: the same command resumes. An output folder is never overwritten;
+--force starts it anew. Exit status: 0 done, 1 failed while running, 2 wrong command
+or input, 130 interrupted.
+"""
+_QUICKSTART = """\
+Runs the whole recipe on small generated tasks, with a model of under a million
+parameters that has every mechanism of the large one: latent attention, routed experts
+in groups, multi-token prediction. It takes minutes on two processor cores and
+downloads nothing. It leaves in the output folder:
+
+  report.html    curves, stage table, answers before and after RL: open it in a browser
+  summary.json   the figures of every stage, versions, seed, host
+  metrics.jsonl  one row per logged step
+  checkpoints/   what a resumed run starts from (Orbax)
+
+The same in the open: r1jax train --config=configs/quickstart.py
+"""
+_TRAIN = """\
+Runs the recipe that a config file describes, and leaves what quickstart leaves. The
+file is Python; its function get_config() returns an ml_collections.ConfigDict. Start
+from configs/quickstart.py. Any field is changed by its path, as often as you like:
+
+  --config.seed=3  --config.tasks.names=countdown,arithmetic  --config.sampling.top_p=None
+
+A field that does not exist, or a value of another type, is refused, and the fields
+with near names are listed.
+"""
+
+
+_format = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=24, width=88)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of repeating the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+      argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+      the exit status.
+    """
+    try:
+        args = _parse(sys.argv[1:] if argv is None else argv)
+        return _run(args)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command resumes")
+        return INTERRUPTED
+    except ValueError as error:
+        if not _ours(error):
+            return _failed()
+        _say(f"error: {' '.join(str(error).split())}")
+        return WRONG
+    except BrokenPipeError:  # the reader of stdout has seen enough
+        sys.stdout = None
+        return DONE
+    except Exception:  # the edge of the program: whatever went wrong is shown and becomes a status
+        return _failed()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="r1jax",
+        usage="r1jax VERB [--flags]",
+        description=_ABOUT,
+        epilog=_EXAMPLES,
+        formatter_class=_format,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the versions in use and exit")
+    # The verbs are listed in _ABOUT: argparse would not give them one line each.
+    verbs = parser.add_subparsers(
+        prog="r1jax", dest="verb", metavar="VERB", parser_class=_Parser, help=argparse.SUPPRESS
+    )
+    _add_run(verbs, "quickstart", _QUICKSTART)
+    train = _add_run(verbs, "train", _TRAIN)
+    train.add_argument("--config", required=True, metavar="FILE", help="the config file, a path")
+    return parser
+
+
+def _add_run(verbs: Any, name: str, about: str) -> argparse.ArgumentParser:
+    """A verb that runs a recipe into an output folder."""
+    verb = verbs.add_parser(name, description=about, formatter_class=_format, allow_abbrev=False)
+    add = verb.add_argument
+    add("--out", type=Path, metavar="DIR", help="output folder (default: runs/ and the run's name)")
+    add("--seed", type=int, metavar="N", help="random seed (default: the config's)")
+    add("--force", action="store_true", help="start anew: delete first what a run left in DIR")
+    add("--json", action="store_true", help="print the summary as JSON")
+    return verb
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with `overrides`: (path, text) of every `--config.path=text`."""
+    overrides, rest = [], []
+    for arg in argv:
+        if arg.startswith("--config."):
+            path, equals, text = arg.removeprefix("--config.").partition("=")
+            if not equals:
+                raise ValueError(f"{arg} has no value; write {arg}=VALUE, with the equals sign")
+            overrides.append((path, text))
+        else:
+            rest.append(arg)
+    parser = _parser()
+    args = parser.parse_args(rest)
+    args.overrides = overrides
+    if overrides and args.verb != "train":
+        raise ValueError("--config.FIELD=VALUE belongs to: r1jax train --config=FILE")
+    if args.verb is None and not args.version:
+        raise ValueError("no verb given: try r1jax quickstart, or r1jax --help")
+    return args
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.version:
+        from r1jax.eval.summary import versions
+
+        print("  ".join(f"{name} {version}" for name, version in versions().items()))
+        return DONE
+    from r1jax import config as schema
+    from r1jax.cli import overrides
+    from r1jax.io import outdir
+
+    if args.verb == "train":
+        tree = overrides.load(args.config)
+        out = args.out or Path("runs") / Path(args.config).stem
+    else:
+        tree = schema.to_config_dict(schema.quickstart())
+        out = args.out or Path("runs") / "quickstart"
+    overrides.apply(tree, args.overrides)
+    if args.seed is not None:
+        overrides.apply(tree, [("seed", str(args.seed))])
+    config = schema.from_config_dict(schema.RecipeConfig, tree)
+    as_dict = schema.to_config_dict(config).to_dict()
+    if not args.force and outdir.inspect(out, as_dict) == "finished":
+        summary = json.loads((out / outdir.SUMMARY).read_text(encoding="utf-8"))
+        _say(f"{out} is finished, nothing to do; --force starts it anew")
+    else:
+        summary = _train(config, out, force=args.force)
+    _show(summary, out, as_json=args.json)
+    return DONE
+
+
+def _train(config: Any, out: Path, *, force: bool) -> dict[str, Any]:
+    from r1jax.cli import display as displays
+    from r1jax.train import recipe
+
+    display = displays.open_display(sys.stderr)
+    log, handler = logging.getLogger("r1jax"), displays.LogToDisplay(display)
+    log.addHandler(handler)
+    try:
+        return recipe.run(config, out, display=display, force=force)
+    finally:
+        log.removeHandler(handler)
+        display.close()
+
+
+def _show(summary: dict[str, Any], out: Path, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        return
+    from r1jax.cli.table import write_table
+
+    write_table(summary, sys.stdout)
+    if (out / "report.html").exists():
+        print(f"report: {out / 'report.html'}")
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether this library raised it. A ValueError from below it is a fault, not a wrong input."""
+    frame = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(frame).is_relative_to(Path(__file__).parents[1])
+
+
+def _failed() -> int:
+    traceback.print_exc()
+    error = sys.exception()
+    _say(f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
+    return FAILED
+
+
+def _say(text: str) -> None:
+    print(f"r1jax: {text}", file=sys.stderr)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stage table: one row per stage, by rich on a terminal, as aligned text elsewhere."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+_NOTHING = "–"
+_CAPTION = "On held-out problems; shares in percent, tokens per answer.\n\n"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+# summary key, heading, how a number is shown
+COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("parameters", "params", _count),
+    ("steps", "steps", _count),
+    ("seconds", "seconds", lambda value: f"{value:.1f}"),
+    ("pass_at_1", "pass@1", _percent),
+    ("greedy", "greedy", _percent),
+    ("cons_at_16", "cons@16", _percent),
+    ("format_rate", "format", _percent),
+    ("mean_tokens", "tokens", lambda value: f"{value:.1f}"),
+    ("reflection_rate", "refl.", _percent),
+    ("self_correction_rate", "self-corr.", _percent),
+)
+
+
+def cells(stage: Mapping[str, Any]) -> list[str]:
+    """One row of the table; what a stage did not measure (absent, None or NaN) is a dash."""
+    row = [str(stage.get("name", _NOTHING))]
+    for key, _, shown in COLUMNS:
+        value = stage.get(key)
+        number = isinstance(value, int | float) and value == value
+        row.append(shown(value) if number else _NOTHING)
+    return row
+
+
+def write_table(summary: Mapping[str, Any], file: TextIO) -> None:
+    """Writes the stages of a summary to `file`: a rich table to a terminal, else plain text."""
+    file.write(_CAPTION)
+    rows = [cells(stage) for stage in summary.get("stages", [])]
+    headings = ["stage", *(heading for _, heading, _ in COLUMNS)]
+    if file.isatty():
+        table = Table(*headings, box=None, pad_edge=False, header_style="bold")
+        for number, column in enumerate(table.columns):
+            column.justify = "right" if number else "left"
+            column.no_wrap = True
+        for row in rows:
+            table.add_row(*row)
+        Console(file=file).print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    for row in [headings, *rows]:
+        first, *rest = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        file.write("  ".join([first, *rest]).rstrip() + "\n")

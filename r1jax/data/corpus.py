@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Corpora from the tasks: pre-training text, cold-start traces, problems, prompts and batches."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from r1jax.data.packing import Packed, example, pack
+from r1jax.data.tasks import DEFAULT_DIFFICULTY, TASKS, Difficulty, Problem, TraceMix, mixture
+from r1jax.data.template import Template, completion, prompt
+from r1jax.data.tokenizer import TaskTokenizer
+
+Tasks = Sequence[str] | Mapping[str, float]
+
+# One stream per use, so that equal seeds do not repeat each other's problems.
+_PRETRAIN, _COLD_START, _PROBLEMS, _BATCHES = range(4)
+# Draws in a row that bring no new problem before a task counts as used up.
+_STALE_DRAWS = 3000
+
+
+def pretrain_corpus(
+    n: int,
+    *,
+    seed: int,
+    tasks: Tasks,
+    tokenizer: TaskTokenizer,
+    length: int,
+    difficulty: Difficulty = DEFAULT_DIFFICULTY,
+) -> Packed:
+    """`n` raw task texts of the train split, packed; every token but the first is learnt.
+
+    Args:
+      n: number of texts.
+      seed: the same seed gives the same corpus.
+      tasks: names, or name -> weight.
+      tokenizer: turns words into ids.
+      length: ids in a packed row.
+      difficulty: sizes of the problems.
+
+    Returns:
+      The packed rows.
+    """
+    rng = np.random.default_rng((seed, _PRETRAIN))
+    documents = []
+    for name in _draw_tasks(rng, n, tasks):
+        text = TASKS[name].pretrain_text(rng, difficulty=difficulty)
+        documents.append([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
+    examples = [example([], ids) for ids in documents]
+    return pack(examples, length=length, pad_id=tokenizer.pad_id)
+
+
+def cold_start_corpus(
+    n: int,
+    *,
+    seed: int,
+    tasks: Tasks,
+    mix: TraceMix,
+    template: Template,
+    tokenizer: TaskTokenizer,
+    length: int,
+    difficulty: Difficulty = DEFAULT_DIFFICULTY,
+) -> Packed:
+    """`n` train problems with a trace each, packed; only the completions are learnt.
+
+    Args as in `pretrain_corpus`, and:
+      mix: how the traces are composed.
+      template: the tags around them.
+    """
+    rng = np.random.default_rng((seed, _COLD_START))
+    examples = []
+    for name in _draw_tasks(rng, n, tasks):
+        problem = TASKS[name].sample(rng, split="train", difficulty=difficulty)
+        trace = TASKS[name].cold_start(rng, problem, mix)
+        prompt_ids = tokenizer.encode(prompt(problem.question, template))
+        examples.append(example(prompt_ids, tokenizer.encode(completion(trace, template))))
+    return pack(examples, length=length, pad_id=tokenizer.pad_id)
+
+
+def problems(
+    n: int,
+    *,
+    seed: int,
+    tasks: Tasks,
+    split: str,
+    unique: bool = False,
+    difficulty: Difficulty = DEFAULT_DIFFICULTY,
+) -> list[Problem]:
+    """`n` problems of one split.
+
+    Args:
+      n: number of problems.
+      seed: the same seed gives the same problems.
+      tasks: names, or name -> weight.
+      split: "train" or "heldout".
+      unique: no two problems with one key, as an evaluation set wants.
+      difficulty: sizes of the problems.
+
+    Raises:
+      ValueError: a task has too few distinct problems.
+    """
+    rng = np.random.default_rng((seed, _PROBLEMS))
+    found, keys = [], set()
+    for name in _draw_tasks(rng, n, tasks):
+        for _ in range(_STALE_DRAWS if unique else 1):
+            problem = TASKS[name].sample(rng, split=split, difficulty=difficulty)
+            if not unique or problem.key not in keys:
+                break
+        else:
+            have = sum(problem.task == name for problem in found)
+            raise ValueError(
+                f"task {name!r} has only {have} distinct problems in split {split!r}, too few for "
+                f"its share of {n=}; ask for fewer, or enlarge its difficulty"
+            )
+        keys.add(problem.key)
+        found.append(problem)
+    return found
+
+
+def prompt_batch(
+    problems: Sequence[Problem], tokenizer: TaskTokenizer, template: Template, *, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts of some problems, padded on the left.
+
+    Args:
+      problems: P problems.
+      tokenizer: turns words into ids.
+      template: the turn marks.
+      length: ids in a row.
+
+    Returns:
+      (tokens [P, length] int32, mask [P, length] bool, True at real tokens).
+
+    Raises:
+      ValueError: a prompt is longer than `length`.
+    """
+    rows = [tokenizer.encode(prompt(problem.question, template)) for problem in problems]
+    tokens_PT = np.full((len(rows), length), tokenizer.pad_id, np.int32)
+    mask_PT = np.zeros((len(rows), length), bool)
+    for index, ids in enumerate(rows):
+        if len(ids) > length:
+            raise ValueError(
+                f"the prompt of {problems[index].question!r} has {len(ids)} tokens, "
+                f"expected at most prompt_length={length}; set prompt_length to {len(ids)} or more"
+            )
+        tokens_PT[index, length - len(ids) :] = ids
+        mask_PT[index, length - len(ids) :] = True
+    return tokens_PT, mask_PT
+
+
+def batch_at(packed: Packed, step: int, *, batch_size: int, seed: int) -> dict[str, np.ndarray]:
+    """The batch of a step: a pure function of its arguments, so a resumed run sees the same data.
+
+    Rows come in epochs, each shuffled anew; a batch may reach from one epoch into the next.
+
+    Args:
+      packed: the corpus, N rows.
+      step: number of the step, from 0.
+      batch_size: rows in a batch, B.
+      seed: of the shuffles.
+
+    Returns:
+      tokens, targets, positions, segments (int32) and mask (float32), each [B, length].
+    """
+    places = step * batch_size + np.arange(batch_size)
+    epochs, places = np.divmod(places, packed.rows)
+    rows = np.empty(batch_size, np.int64)
+    for epoch in np.unique(epochs).tolist():
+        order = np.random.default_rng((seed, _BATCHES, epoch)).permutation(packed.rows)
+        rows[epochs == epoch] = order[places[epochs == epoch]]
+    return {
+        "tokens": packed.tokens_NT[rows],
+        "targets": packed.targets_NT[rows],
+        "positions": packed.positions_NT[rows],
+        "segments": packed.segments_NT[rows],
+        "mask": packed.mask_NT[rows],
+    }
+
+
+def _draw_tasks(rng: np.random.Generator, n: int, tasks: Tasks) -> list[str]:
+    names, probabilities = mixture(tasks)
+    return [names[index] for index in rng.choice(len(names), size=n, p=probabilities)]

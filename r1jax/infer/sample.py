@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drawing tokens, with the log-probabilities a trainer needs."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+class Sample(NamedTuple):
+    """One drawn token a row.
+
+    Attributes:
+        token_B: [B] int32.
+        logp_B: [B] float32 log-probability under softmax(logits / temperature), untruncated: what
+            the trainer computes again, so that the ratio is one before any update.
+        behaviour_logp_B: [B] float32 log-probability under the distribution drawn from, top-k and
+            top-p included: what an importance weight divides by.
+    """
+
+    token_B: jax.Array
+    logp_B: jax.Array
+    behaviour_logp_B: jax.Array
+
+
+def truncate(logits_BN: jax.Array, *, top_k: int | None, top_p: float | None) -> jax.Array:
+    """Logits with −inf outside the `top_k` best and outside the smallest set of mass ≥ `top_p`.
+
+    The set is the shortest prefix, in falling order of probability, that reaches `top_p` (Holtzman
+    et al. 2019); ties at its edge are kept. `top_k` is applied first. None switches a rule off.
+    """
+    if top_k is not None and top_k < logits_BN.shape[-1]:
+        edge_B1 = jax.lax.top_k(logits_BN, top_k)[0][..., -1:]
+        logits_BN = jnp.where(logits_BN < edge_B1, -jnp.inf, logits_BN)
+    if top_p is not None and top_p < 1.0:
+        falling_BN = jnp.flip(jnp.sort(logits_BN, axis=-1), axis=-1)
+        mass_BN = jax.nn.softmax(falling_BN, axis=-1)
+        before_BN = jnp.cumsum(mass_BN, axis=-1) - mass_BN
+        kept_BN = jnp.where(before_BN < top_p, falling_BN, jnp.inf)
+        logits_BN = jnp.where(logits_BN < kept_BN.min(-1, keepdims=True), -jnp.inf, logits_BN)
+    return logits_BN
+
+
+def sample(
+    logits_BN: jax.Array,
+    key: jax.Array,
+    temperature_B: jax.Array,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Sample:
+    """Draws from softmax(logits / temperature) after truncation; temperature 0 is greedy.
+
+    Args:
+        logits_BN: [B, N] float32.
+        key: PRNG key of this step.
+        temperature_B: [B]; a row at 0 takes its best token, with log-probability 0.
+        top_k, top_p: as in `truncate`.
+    """
+    chex.assert_rank([logits_BN, temperature_B], [2, 1])
+    greedy_B1 = temperature_B[:, None] <= 0.0
+    scaled_BN = logits_BN.astype(jnp.float32) / jnp.where(greedy_B1, 1.0, temperature_B[:, None])
+    full_BN = jax.nn.log_softmax(scaled_BN, axis=-1)
+    cut_BN = jax.nn.log_softmax(truncate(scaled_BN, top_k=top_k, top_p=top_p), axis=-1)
+    noise_BN = jnp.where(greedy_B1, 0.0, jax.random.gumbel(key, logits_BN.shape))
+    token_B = jnp.argmax(jnp.where(greedy_B1, scaled_BN, cut_BN) + noise_BN, axis=-1)
+    pick = lambda table: jnp.where(  # noqa: E731
+        greedy_B1, 0.0, jnp.take_along_axis(table, token_B[:, None], axis=-1)
+    )[:, 0]
+    return Sample(token_B.astype(jnp.int32), pick(full_BN), pick(cut_BN))

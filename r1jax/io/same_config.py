@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Was it made by the config that asks for it, and if not, in which fields do the two differ?"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_ABSENT = "nothing"
+_SHOWN = 5
+
+
+def config_difference(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """The leaves in which two nested configs differ, as `path.to.field: saved x, asked for y`.
+
+    Compared as JSON has them: a tuple equals the list with its elements.
+    """
+    old, new = (dict(_leaves(json.loads(json.dumps(c)))) for c in (saved, asked))
+    return [
+        f"{key}: saved {old.get(key, _ABSENT)}, asked for {new.get(key, _ABSENT)}"
+        for key in sorted(old.keys() | new.keys())
+        if key not in old or key not in new or old[key] != new[key]
+    ]
+
+
+def check_config(saved: Mapping[str, Any], asked: Mapping[str, Any], *, where: str | Path) -> None:
+    """Refuses what another config made.
+
+    Raises:
+      ValueError: one line that names the place, the differing fields and the way out.
+    """
+    different = config_difference(saved, asked)
+    if different:
+        more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+        raise ValueError(
+            f"{where} was made by another config ({'; '.join(different[:_SHOWN])}{more}); "
+            "set them back, choose another --out, or use --force"
+        )
+
+
+def _leaves(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not (isinstance(config, dict) and config):
+        return [(prefix, config)]
+    return [
+        leaf
+        for key, value in config.items()
+        for leaf in _leaves(value, f"{prefix}.{key}" if prefix else key)
+    ]

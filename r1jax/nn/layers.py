@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small modules: RMSNorm and the dense feed-forward network."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from r1jax.nn import param
+from r1jax.nn.stats import RouterStats
+from r1jax.ops.mlp import swiglu
+from r1jax.ops.norm import rms_norm
+
+
+class RMSNorm(nnx.Module):
+    """`ops.norm.rms_norm` with its gain."""
+
+    def __init__(self, dim: int, *, eps: float, axis: str | None = None):
+        self.eps = eps
+        self.weight = param.constant(1.0, (dim,), (axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.weight[...], self.eps)
+
+
+class SwiGLU(nnx.Module):
+    """`ops.mlp.swiglu` with its three matrices."""
+
+    def __init__(self, dim: int, hidden: int, *, std: float):
+        self.w_gate = param.normal((dim, hidden), ("embed", "mlp"), std)
+        self.w_up = param.normal((dim, hidden), ("embed", "mlp"), std)
+        self.w_down = param.normal((hidden, dim), ("mlp", "embed"), std)
+
+    def mix(self, x: jax.Array) -> jax.Array:
+        """[..., D] → [..., D]."""
+        return swiglu(x, self.w_gate[...], self.w_up[...], self.w_down[...])
+
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
+        """The feed-forward interface of a block; a dense one has no router and no loads."""
+        return self.mix(x_BTD), RouterStats(jnp.zeros((0,)), jnp.zeros(x_BTD.shape[0]))

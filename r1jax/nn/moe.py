@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeekMoE: router, routed experts and shared experts."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from r1jax.config import MoEConfig
+from r1jax.nn import param
+from r1jax.nn.layers import SwiGLU
+from r1jax.nn.stats import RouterStats
+from r1jax.ops.experts import experts
+from r1jax.ops.routing import Routing, expert_load, route, sequence_balance_loss
+
+
+class Router(nnx.Module):
+    """Expert centroids and the balance bias (DeepSeek-V3 section 2.1.2)."""
+
+    def __init__(self, dim: int, cfg: MoEConfig, *, std: float):
+        self.cfg = cfg
+        self.weight = param.normal((dim, cfg.n_routed_experts), ("embed", None), std)
+        self.bias = param.constant(0.0, (cfg.n_routed_experts,), (None,), cls=param.RouterBias)
+
+    def __call__(self, x_TD: jax.Array) -> Routing:
+        cfg = self.cfg
+        logits_TE = jnp.einsum("td,de->te", x_TD.astype(jnp.float32), self.weight[...])
+        return route(
+            logits_TE,
+            self.bias[...],
+            num_experts_per_tok=cfg.num_experts_per_tok,
+            n_group=cfg.n_group,
+            topk_group=cfg.topk_group,
+            routed_scaling_factor=cfg.routed_scaling_factor,
+        )
+
+
+class MoE(nnx.Module):
+    """y = shared(x) + Σ_k g_k · expert_k(x) (DeepSeek-V3 eq. 12)."""
+
+    def __init__(self, dim: int, cfg: MoEConfig, *, std: float):
+        e, f = cfg.n_routed_experts, cfg.moe_intermediate_size
+        self.router = Router(dim, cfg, std=std)
+        self.w_gate = param.normal((e, dim, f), ("expert", "embed", "mlp"), std)
+        self.w_up = param.normal((e, dim, f), ("expert", "embed", "mlp"), std)
+        self.w_down = param.normal((e, f, dim), ("expert", "mlp", "embed"), std)
+        self.n_shared = cfg.n_shared_experts
+        if self.n_shared:
+            self.shared = SwiGLU(dim, f * self.n_shared, std=std)
+
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
+        """[B, T, D] → [B, T, D] and the router's report; padding (valid 0) is not counted."""
+        b, t, d = x_BTD.shape
+        x_TD = x_BTD.reshape(b * t, d)
+        with jax.named_scope("router"):
+            routing = self.router(x_TD)
+        with jax.named_scope("routed_experts"):
+            weights = (self.w_gate[...], self.w_up[...], self.w_down[...])
+            y_TD = experts(x_TD, routing.index_TK, routing.weight_TK, weights)
+        if self.n_shared:
+            with jax.named_scope("shared_experts"):
+                y_TD = y_TD + self.shared.mix(x_TD)
+        n_experts = routing.affinity_TE.shape[1]
+        stats = RouterStats(
+            expert_load(routing.index_TK, valid_BT.reshape(-1), n_experts),
+            sequence_balance_loss(
+                routing.affinity_TE.reshape(b, t, -1), routing.index_TK.reshape(b, t, -1), valid_BT
+            ),
+        )
+        return y_TD.reshape(b, t, d), stats

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The multi-token-prediction module (DeepSeek-V3 section 2.2, eq. 21–25)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from r1jax.nn import param
+from r1jax.nn.block import Block
+from r1jax.nn.layers import RMSNorm
+
+
+class MTP(nnx.Module):
+    """h'_i = W [RMSNorm(h_i) ; RMSNorm(Emb(t_{i+1}))], one block, its own norm; embedding and head
+    are the main model's. It predicts t_{i+2}. h_i is the main model's output after its final norm.
+    """
+
+    def __init__(self, dim: int, *, eps: float, std: float, block: Block):
+        self.hidden_norm = RMSNorm(dim, eps=eps)
+        self.embed_norm = RMSNorm(dim, eps=eps)
+        self.proj = param.normal((2 * dim, dim), (None, "embed"), std)
+        self.block = block
+        self.norm = RMSNorm(dim, eps=eps)
+
+    def __call__(self, hidden_BTD, next_embed_BTD, rotation, mask_BTS, valid_BT):
+        """(hidden_BTD that the shared head turns into P(t_{i+2}), RouterStats of its block)."""
+        both = jnp.concatenate([self.hidden_norm(hidden_BTD), self.embed_norm(next_embed_BTD)], -1)
+        x_BTD = jnp.einsum("bte,ed->btd", both, self.proj[...].astype(both.dtype))
+        x_BTD, (_, stats) = self.block(x_BTD, rotation, mask_BTS, valid_BT)
+        return self.norm(x_BTD), stats

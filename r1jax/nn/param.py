@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making parameters and stacks of layers, and filling them.
+
+A module is built without a key and without a mesh: its constructor says shapes, logical axes and how
+each parameter is to be drawn; `initialise` then draws all of them.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+POOLED = 1 << 20  # parameters up to this size share one draw
+
+
+class RouterBias(nnx.Variable):
+    """The balance bias b of a router: moved by the balance rule, never by the gradient."""
+
+
+def normal(shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
+    """A float32 parameter that `initialise` draws from N(0, std²), with the logical axes `axes`."""
+    zeros = jnp.zeros(shape, jnp.float32)
+    return nnx.Param(zeros, out_sharding=axes, eager_sharding=False, init_std=std)
+
+
+def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], cls=nnx.Param):
+    """A float32 variable filled with `value`."""
+    full = jnp.full(shape, value, jnp.float32)
+    return cls(full, out_sharding=axes, eager_sharding=False, init_std=0.0)
+
+
+def stack(make: Callable[[], nnx.Module], n: int) -> nnx.Module:
+    """`n` modules made by `make()` as one, every variable with a leading "layers" axis."""
+    one = nnx.transform_metadata(
+        lambda _: make(), in_axes=0, out_axes=0, partition="layers"
+    )
+    return jax.vmap(one)(jnp.arange(n))
+
+
+def initialise(module: nnx.Module, key: jax.Array) -> nnx.Module:
+    """The module with every parameter drawn; constants keep their value.
+
+    Parameters up to `POOLED` elements are cut from one stream of normals: sixty draws of their own
+    take XLA twenty seconds to compile on a laptop, one takes one. Larger ones are drawn each by
+    itself, so that they are made where they are sharded.
+    """
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_param)
+    small = [p for p in leaves if p.init_std and p[...].size <= POOLED]
+    pool, start = _normals(jax.random.fold_in(key, 0), sum(p[...].size for p in small)), 0
+    for i, p in enumerate(leaves):
+        shape, size = p[...].shape, p[...].size
+        if not p.init_std:
+            continue
+        if size <= POOLED:
+            drawn, start = pool[start : start + size].reshape(shape), start + size
+        else:
+            drawn = jax.random.normal(jax.random.fold_in(key, i + 1), shape, jnp.float32)
+        leaves[i] = p.replace(p.init_std * drawn)
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves), rest)
+
+
+def _normals(key: jax.Array, n: int, chunk: int = 4096) -> jax.Array:
+    """[≥ n] standard normals, drawn a chunk at a time so that one small loop is compiled."""
+    keys = jax.random.split(key, max(math.ceil(n / chunk), 1))
+    return jax.lax.map(lambda k: jax.random.normal(k, (chunk,), jnp.float32), keys).reshape(-1)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The DeepSeek-V3 decoder: dense layers first, then mixture-of-experts layers, and the MTP module."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from r1jax.config import ModelConfig, RopeConfig
+from r1jax.nn import param
+from r1jax.nn.block import Block, Entry, run
+from r1jax.nn.layers import RMSNorm, SwiGLU
+from r1jax.nn.mla import MLA, Rotation
+from r1jax.nn.moe import MoE
+from r1jax.nn.mtp import MTP
+from r1jax.nn.stats import RouterStats
+from r1jax.ops.attention import causal_mask
+from r1jax.ops.rope import inverse_frequencies, rotation, yarn_mscale
+from r1jax.sharding import take
+
+
+class Output(NamedTuple):
+    """A full forward pass.
+
+    Attributes:
+        hidden_BTD: [B, T, D] after the final norm; `head_DN` turns it into logits.
+        entries: for each stack of layers, what its attentions cache: [L, B, T, ...] arrays.
+        stats: RouterStats with a leading axis over the mixture-of-experts layers (0 if dense).
+    """
+
+    hidden_BTD: jax.Array
+    entries: tuple[Entry, ...]
+    stats: RouterStats
+
+
+class Transformer(nnx.Module):
+    """DeepSeek-V3 (arXiv 2412.19437). Parameters are float32; activations are `cfg.dtype`."""
+
+    def __init__(self, cfg: ModelConfig):
+        self.cfg = cfg
+        dim, std, eps = cfg.hidden_size, cfg.init_std, cfg.rms_norm_eps
+
+        def block(*, dense: bool) -> Block:
+            attention = MLA(dim, cfg.mla, cfg.rope, eps=eps, std=std)
+            if dense:
+                ffn = SwiGLU(dim, cfg.intermediate_size, std=std)
+            else:
+                ffn = MoE(dim, cfg.moe, std=std)
+            return Block(dim, eps=eps, attention=attention, feed_forward=ffn)
+
+        self.embed = param.normal((cfg.vocab_size, dim), ("vocab", "embed"), std)
+        n_moe = cfg.num_layers - cfg.first_k_dense
+        if cfg.first_k_dense:
+            self.dense_layers = param.stack(lambda: block(dense=True), cfg.first_k_dense)
+        self.moe_layers = param.stack(lambda: block(dense=False), n_moe)
+        self.norm = RMSNorm(dim, eps=eps)
+        self.head = param.normal((dim, cfg.vocab_size), ("embed", "vocab"), std)
+        if cfg.mtp_depth:
+            self.mtp = MTP(dim, eps=eps, std=std, block=block(dense=False))
+
+    def stacks(self) -> tuple[Block, ...]:
+        """The stacks of layers in order; each is a Block with a leading layer axis."""
+        return (self.dense_layers, self.moe_layers) if self.cfg.first_k_dense else (self.moe_layers,)
+
+    def head_DN(self) -> jax.Array:
+        return self.head[...]
+
+    def embed_tokens(self, tokens_BT: jax.Array) -> jax.Array:
+        return embed(self.embed[...], tokens_BT, self.cfg.dtype)
+
+    def rotation(self, positions_BT: jax.Array) -> Rotation:
+        return rotation_of(self.cfg.rope, self.cfg.mla.qk_rope_head_dim, positions_BT)
+
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+    ) -> Output:
+        """Full causal forward pass over packed documents.
+
+        Args:
+            tokens_BT: [B, T] int32.
+            positions_BT: [B, T] int32, counted from 0 in each document.
+            segments_BT: [B, T] int32, document number in the row; 0 is padding.
+        """
+        return forward(self, tokens_BT, positions_BT, segments_BT)
+
+    def predict_second(self, hidden_BTD, next_tokens_BT, positions_BT, segments_BT):
+        """The MTP module on the main model's output: (hidden for P(t_{i+2}), RouterStats [1, ...])."""
+        next_embed = self.embed_tokens(next_tokens_BT)
+        mask = causal_mask(segments_BT)
+        hidden, stats = self.mtp(
+            hidden_BTD, next_embed, self.rotation(positions_BT), mask, segments_BT > 0
+        )
+        return hidden, jax.tree.map(lambda x: x[None], stats)
+
+
+def embed(table_ND: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+    """Rows of the embedding table, in the activations' dtype."""
+    return take(table_ND, tokens_BT, "batch", "length", "embed").astype(jnp.dtype(dtype))
+
+
+def rotation_of(rope: RopeConfig, dim: int, positions_BT: jax.Array) -> Rotation:
+    """cos and sin for `dim` rotary dimensions, with YaRN's scale mscale / mscale_all_dim."""
+    inv_freq = inverse_frequencies(
+        dim,
+        rope.theta,
+        factor=rope.factor,
+        original_max_position=rope.original_max_position,
+        beta_fast=rope.beta_fast,
+        beta_slow=rope.beta_slow,
+    )
+    scale = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+    return rotation(positions_BT, inv_freq, scale)
+
+
+def forward(model, tokens_BT, positions_BT, segments_BT) -> Output:
+    """The full pass of any decoder made of stacks: this model or a dense student."""
+    mask_BTS, valid_BT = causal_mask(segments_BT), segments_BT > 0
+    turn = model.rotation(positions_BT)
+    x_BTD = model.embed_tokens(tokens_BT)
+    entries, stats = [], None
+    for layers in model.stacks():
+        x_BTD, (entry, stats) = run(
+            layers, x_BTD, turn, mask_BTS, valid_BT, remat=model.cfg.remat
+        )
+        entries.append(entry)
+    return Output(model.norm(x_BTD), tuple(entries), stats)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention cores as pure functions: multi-head latent attention, naive and absorbed, and grouped-query.
+
+Every function takes its keys as *parts*: arrays whose batch either equals the queries' batch B or
+divides it, in which case a part's row p serves the queries of rows p·G … p·G + G − 1. So the G
+samples of one prompt attend to one copy of the prompt's cache.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+NEG = -1e30  # finite: a query without any key gets uniform weights, not NaN
+
+
+class LatentPart(NamedTuple):
+    """Latents of one stretch of keys: what MLA caches, C + R = 576 values a token in V3.
+
+    Attributes:
+        c_PSC: [P, S, C] normalised compressed key-value latents.
+        k_rope_PSR: [P, S, R] rotated decoupled keys, shared by all heads.
+        mask_BTS: [B, T, S] True where query t of row b may attend to key s.
+    """
+
+    c_PSC: jax.Array
+    k_rope_PSR: jax.Array
+    mask_BTS: jax.Array
+
+
+class KVPart(NamedTuple):
+    """Keys and values of one stretch: k_PSJK, v_PSJK [P, S, J kv heads, K] and mask_BTS."""
+
+    k_PSJK: jax.Array
+    v_PSJK: jax.Array
+    mask_BTS: jax.Array
+
+
+def causal_mask(segments_BT: jax.Array) -> jax.Array:
+    """[B, T, T] mask: key not after the query, in the same segment; segment 0 is padding."""
+    length = segments_BT.shape[1]
+    causal_TT = jnp.tril(jnp.ones((length, length), bool))
+    same = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return causal_TT & same & (segments_BT > 0)[:, None, :]
+
+
+def mla_naive(
+    q_nope_BTHK: jax.Array,
+    q_rope_BTHR: jax.Array,
+    part: LatentPart,
+    w_uk_CHK: jax.Array,
+    w_uv_CHV: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """MLA with keys and values expanded to all heads (DeepSeek-V3 eq. 1–11): for training.
+
+    k = [W^UK c ; k^R], v = W^UV c, o = softmax(q·k · scale) v. The part's batch must be B.
+
+    Args:
+        q_nope_BTHK: [B, T, H, K] queries without position.
+        q_rope_BTHR: [B, T, H, R] rotated queries.
+        part: latents of the keys.
+        w_uk_CHK: [C, H, K] key up-projection.
+        w_uv_CHV: [C, H, V] value up-projection.
+        scale: softmax scale, (K + R)^-0.5 times YaRN's m².
+
+    Returns:
+        [B, T, H, V] in q's dtype; logits and softmax are float32.
+    """
+    dtype = q_nope_BTHK.dtype
+    k_BSHK = jnp.einsum("bsc,chk->bshk", part.c_PSC, w_uk_CHK.astype(dtype))
+    v_BSHV = jnp.einsum("bsc,chv->bshv", part.c_PSC, w_uv_CHV.astype(dtype))
+    logits = jnp.einsum("bthk,bshk->bhts", q_nope_BTHK, k_BSHK, preferred_element_type=jnp.float32)
+    logits += jnp.einsum(
+        "bthr,bsr->bhts", q_rope_BTHR, part.k_rope_PSR, preferred_element_type=jnp.float32
+    )
+    weights = _softmax(logits * scale, part.mask_BTS[:, None]).astype(dtype)
+    return jnp.einsum("bhts,bshv->bthv", weights, v_BSHV)
+
+
+def mla_absorbed(
+    q_nope_BTHK: jax.Array,
+    q_rope_BTHR: jax.Array,
+    parts: tuple[LatentPart, ...],
+    w_uk_CHK: jax.Array,
+    w_uv_CHV: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """MLA inside the latent space: for decoding. Equal to `mla_naive` in exact arithmetic.
+
+    q·W^UK c = (W^UKᵀ q)·c, so the query is carried to the latent space once, attends to the latents
+    themselves, and the mean latent is carried out by W^UV: no key or value is ever expanded.
+
+    Args and Returns: as `mla_naive`, with one or more parts whose batch divides B.
+    """
+    dtype = q_nope_BTHK.dtype
+    q_BTHC = jnp.einsum("bthk,chk->bthc", q_nope_BTHK, w_uk_CHK.astype(dtype))
+    logits, masks = [], []
+    for part in parts:
+        n = part.c_PSC.shape[0]
+        one = jnp.einsum(
+            "pgthc,psc->pghts", _group(q_BTHC, n), part.c_PSC, preferred_element_type=jnp.float32
+        )
+        one += jnp.einsum(
+            "pgthr,psr->pghts",
+            _group(q_rope_BTHR, n),
+            part.k_rope_PSR,
+            preferred_element_type=jnp.float32,
+        )
+        logits.append(one.reshape(-1, *one.shape[2:]))
+        masks.append(part.mask_BTS[:, None])
+    weights = _softmax(jnp.concatenate(logits, -1) * scale, jnp.concatenate(masks, -1))
+    mean_BTHC, start = jnp.zeros_like(q_BTHC), 0
+    for part in parts:
+        n, s = part.c_PSC.shape[:2]
+        w = _group(weights[..., start : start + s].astype(dtype), n)
+        mean_BTHC += jnp.einsum("pghts,psc->pgthc", w, part.c_PSC).reshape(q_BTHC.shape)
+        start += s
+    return jnp.einsum("bthc,chv->bthv", mean_BTHC, w_uv_CHV.astype(dtype))
+
+
+def gqa(q_BTHK: jax.Array, parts: tuple[KVPart, ...], *, scale: float) -> jax.Array:
+    """Grouped-query attention (Ainslie et al. 2023): H query heads share J key-value heads.
+
+    Args:
+        q_BTHK: [B, T, H, K] rotated queries; head h uses key-value head h // (H / J).
+        parts: keys and values, batch dividing B.
+        scale: softmax scale, K^-0.5.
+
+    Returns:
+        [B, T, H, K] in q's dtype; logits and softmax are float32.
+    """
+    dtype = q_BTHK.dtype
+    b, t, h, k = q_BTHK.shape
+    heads = parts[0].k_PSJK.shape[2]
+    q = q_BTHK.reshape(b, t, heads, h // heads, k)
+    logits, masks = [], []
+    for part in parts:
+        one = jnp.einsum(
+            "pgtjik,psjk->pgjits",
+            _group(q, part.k_PSJK.shape[0]),
+            part.k_PSJK,
+            preferred_element_type=jnp.float32,
+        )
+        logits.append(one.reshape(b, *one.shape[2:]))
+        masks.append(part.mask_BTS[:, None, None])
+    weights = _softmax(jnp.concatenate(logits, -1) * scale, jnp.concatenate(masks, -1))
+    out, start = jnp.zeros_like(q), 0
+    for part in parts:
+        n, s = part.k_PSJK.shape[:2]
+        w = _group(weights[..., start : start + s].astype(dtype), n)
+        out += jnp.einsum("pgjits,psjk->pgtjik", w, part.v_PSJK).reshape(q.shape)
+        start += s
+    return out.reshape(q_BTHK.shape)
+
+
+def _group(x: jax.Array, n: int) -> jax.Array:
+    """[B, ...] → [n, B / n, ...]: the queries of each row of a part."""
+    return x.reshape(n, x.shape[0] // n, *x.shape[1:])
+
+
+def _softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    return jax.nn.softmax(jnp.where(mask, logits, NEG), axis=-1)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routed experts' feed-forward network, dropless, in three equal implementations.
+
+`ragged`: tokens sorted by expert, `jax.lax.ragged_dot`. What accelerators run.
+`tiled`:  tokens sorted by expert, each expert's rows padded to whole tiles, one batched matmul over
+          (tile, its expert's weights). For CPUs, where `ragged_dot` multiplies every row by every expert.
+`dense`:  every expert on every token as two wide matmuls, unchosen ones weighed by zero. For CPUs when
+          experts are few: it does E/K times the arithmetic but no gather.
+None drops a token at any load. `experiments/bench_experts.py` measures them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+TILE = 32  # rows of a tile: measured best of 16, 32, 64 on CPU
+
+
+def choose(n_tokens: int, k: int, n_experts: int, backend: str) -> str:
+    """The implementation to run: by measurement, `experiments/log/002_experts_on_cpu.md`."""
+    if backend != "cpu":
+        return "ragged"
+    return "dense" if n_experts <= 4 * k or n_tokens * k < n_experts * TILE // 2 else "tiled"
+
+
+def experts(
+    x_TD: jax.Array,
+    index_TK: jax.Array,
+    weight_TK: jax.Array,
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """y_t = Σ_k weight_tk · SwiGLU_{index_tk}(x_t) (DeepSeek-V3 eq. 12).
+
+    Args:
+        x_TD: [T, D] tokens.
+        index_TK: [T, K] int32 chosen experts.
+        weight_TK: [T, K] float32 mixing weights.
+        weights: (w_gate_EDF, w_up_EDF, w_down_EFD).
+        implementation: "ragged", "tiled", "dense" or None to choose by backend and shape.
+
+    Returns:
+        [T, D] in x's dtype.
+
+    Raises:
+        ValueError: unknown implementation.
+    """
+    n_experts = weights[0].shape[0]
+    if implementation is None:
+        implementation = choose(*index_TK.shape, n_experts, jax.default_backend())
+    weights = tuple(w.astype(x_TD.dtype) for w in weights)
+    if implementation == "dense":
+        return _dense(x_TD, index_TK, weight_TK, weights)
+    if implementation == "ragged":
+        return _ragged(x_TD, index_TK, weight_TK, weights)
+    if implementation == "tiled":
+        return _tiled(x_TD, index_TK, weight_TK, weights)
+    raise ValueError(f"{implementation=} must be 'ragged', 'tiled', 'dense' or None")
+
+
+def _dense(x_TD, index_TK, weight_TK, weights):
+    w_gate_EDF, w_up_EDF, w_down_EFD = weights
+    e, d, f = w_gate_EDF.shape
+    gate_TE = (jax.nn.one_hot(index_TK, e, dtype=jnp.float32) * weight_TK[..., None]).sum(1)
+    wide = lambda w: w.transpose(1, 0, 2).reshape(d, e * f)  # noqa: E731
+    h = jax.nn.silu(x_TD @ wide(w_gate_EDF)) * (x_TD @ wide(w_up_EDF))
+    h = h.reshape(-1, e, f) * gate_TE[:, :, None].astype(x_TD.dtype)
+    return h.reshape(-1, e * f) @ w_down_EFD.reshape(e * f, d)
+
+
+def _ragged(x_TD, index_TK, weight_TK, weights):
+    w_gate_EDF, w_up_EDF, w_down_EFD = weights
+    order, token, sizes = _sort(index_TK, w_gate_EDF.shape[0])
+    rows = x_TD[token]
+    gate = jax.lax.ragged_dot(rows, w_gate_EDF, sizes)
+    up = jax.lax.ragged_dot(rows, w_up_EDF, sizes)
+    out = jax.lax.ragged_dot(jax.nn.silu(gate) * up, w_down_EFD, sizes)
+    out = out * weight_TK.reshape(-1)[order][:, None].astype(x_TD.dtype)
+    return jnp.zeros_like(x_TD).at[token].add(out)
+
+
+def _tiled(x_TD, index_TK, weight_TK, weights):
+    w_gate_EDF, w_up_EDF, w_down_EFD = weights
+    e = w_gate_EDF.shape[0]
+    (t, k), d = index_TK.shape, x_TD.shape[1]
+    order, token, sizes = _sort(index_TK, e)
+    slot_M, expert_I = tile_slots(index_TK.reshape(-1)[order], sizes)
+    n_tiles = expert_I.shape[0]
+    rows = jnp.zeros((n_tiles * TILE, d), x_TD.dtype).at[slot_M].set(x_TD[token], unique_indices=True)
+    rows = rows.reshape(n_tiles, TILE, d)
+    h = jax.nn.silu(jnp.einsum("ird,idf->irf", rows, w_gate_EDF[expert_I]))
+    h = h * jnp.einsum("ird,idf->irf", rows, w_up_EDF[expert_I])
+    out = jnp.einsum("irf,ifd->ird", h, w_down_EFD[expert_I]).reshape(-1, d)[slot_M]
+    out = out * weight_TK.reshape(-1)[order][:, None].astype(x_TD.dtype)
+    back = jnp.argsort(order)
+    return out[back].reshape(t, k, d).sum(1)
+
+
+def _sort(index_TK: jax.Array, n_experts: int):
+    """(order, token of each sorted row, rows of each expert) of the T·K assignments."""
+    flat = index_TK.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    sizes = jnp.bincount(flat, length=n_experts).astype(jnp.int32)
+    return order, order // index_TK.shape[1], sizes
+
+
+def tile_slots(expert_M: jax.Array, sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where each row sorted by expert goes when every expert's rows are padded to whole tiles.
+
+    Args:
+        expert_M: [M] int32 expert of each row, ascending.
+        sizes_E: [E] rows of each expert.
+
+    Returns:
+        slot_M: [M] row of the padded buffer; expert_I: [I] expert of each of its tiles, where
+        I = ⌈M / TILE⌉ + E bounds the tiles at any load. Unused tiles name the last expert.
+    """
+    m, e = expert_M.shape[0], sizes_E.shape[0]
+    tiles_E = -(-sizes_E // TILE)
+    first_tile_E = jnp.cumsum(tiles_E) - tiles_E
+    first_row_E = jnp.cumsum(sizes_E) - sizes_E
+    slot_M = first_tile_E[expert_M] * TILE + jnp.arange(m) - first_row_E[expert_M]
+    n_tiles = -(-m // TILE) + e
+    ends_E = jnp.cumsum(tiles_E)
+    expert_I = jnp.searchsorted(ends_E, jnp.arange(n_tiles), side="right")
+    return slot_M, jnp.minimum(expert_I, e - 1)

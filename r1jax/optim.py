@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizer chains and schedules. The learning rate is an argument of the step, not a part of the chain,
+so one compiled step serves every stage and a resumed run needs only its step number."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from r1jax.config import OptimConfig
+
+
+def adamw(cfg: OptimConfig) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay on matrices (Loshchilov & Hutter 2019).
+
+    The update still has to be multiplied by −learning rate: see `apply`.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+        optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
+    )
+
+
+def decayed(params: Any) -> Any:
+    """True where weight decay applies: not on norm gains and biases."""
+    still = ("norm", "b_q", "b_k", "b_v")
+
+    def one(path, _):
+        return not any(word in jax.tree_util.keystr((p,)) for p in path for word in still)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def apply(params: Any, updates: Any, learning_rate: jax.Array) -> Any:
+    """params − learning_rate · updates."""
+    return jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), params, updates)
+
+
+def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine from `learning_rate` to `final_fraction` of it over `steps`."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(steps - cfg.warmup_steps, 1)
+    floor = cfg.final_fraction
+    return cfg.learning_rate * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def finite(tree: Any) -> jax.Array:
+    """True when no leaf holds NaN or Inf."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()

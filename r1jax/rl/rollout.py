@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rollout: G samples of each prompt in one compiled program.
+
+Prompts are prefilled once and their cache is shared by the group; decoding stops as soon as every
+row has ended; the log-probabilities of what was drawn come back with it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from r1jax.infer.decode import empty_cache, positions_of, prefill, step
+from r1jax.infer.sample import sample
+
+
+class Rollout(NamedTuple):
+    """Completions of P prompts, G rows each: row p·G + g is sample g of prompt p.
+
+    Attributes:
+        prompt_PS: [P, S] int32 left-padded prompts.
+        prompt_valid_PS: [P, S] bool.
+        tokens_BT: [B, T] int32 completions; pad after the end.
+        mask_BT: [B, T] float32, 1 on completion tokens, the end-of-sequence token included.
+        logp_BT: [B, T] float32 under the temperature-scaled policy, untruncated; 0 off the mask.
+        behaviour_logp_BT: [B, T] float32 under the truncated distribution that was drawn from.
+        ended_B: [B] bool, False where the length limit cut the completion.
+    """
+
+    prompt_PS: jax.Array
+    prompt_valid_PS: jax.Array
+    tokens_BT: jax.Array
+    mask_BT: jax.Array
+    logp_BT: jax.Array
+    behaviour_logp_BT: jax.Array
+    ended_B: jax.Array
+
+
+def rollout(
+    model,
+    prompt_PS: jax.Array,
+    prompt_valid_PS: jax.Array,
+    key: jax.Array,
+    temperature_B: jax.Array,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    pad_id: int,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Rollout:
+    """Samples B = len(temperature_B) completions, B / P of each prompt.
+
+    The noise of token t is drawn from `fold_in(key, t)`: fresh at every step, the same for a key.
+
+    Args:
+        model: a decoder made of stacks.
+        prompt_PS: [P, S] int32, left-padded.
+        prompt_valid_PS: [P, S] bool.
+        key: PRNG key.
+        temperature_B: [B]; 0 is greedy. B % P == 0.
+        max_new_tokens: T, the length limit.
+        eos_id: token that ends a row; None lets every row run to the limit.
+        pad_id: fills rows after their end. It may equal `eos_id`.
+        top_k, top_p: truncation, see `infer.sample`.
+
+    Raises:
+        ValueError: B is no multiple of P.
+    """
+    rows, n_prompts = temperature_B.shape[0], prompt_PS.shape[0]
+    if rows % n_prompts:
+        raise ValueError(f"{rows} rows must be a multiple of the {n_prompts} prompts (group_size)")
+    with jax.named_scope("prefill"):
+        prompt = prefill(model, prompt_PS, prompt_valid_PS)
+    head_DN = model.head_DN()
+    blank = jnp.zeros((rows, max_new_tokens), jnp.float32)
+    start = dict(
+        t=jnp.int32(0),
+        hidden=jnp.repeat(prompt.hidden_PD, rows // n_prompts, axis=0),
+        own=empty_cache(prompt, rows, max_new_tokens),
+        done=jnp.zeros(rows, bool),
+        tokens=jnp.full((rows, max_new_tokens), pad_id, jnp.int32),
+        mask=blank,
+        logp=blank,
+        behaviour=blank,
+    )
+
+    def go_on(c):
+        return (c["t"] < max_new_tokens) & ~c["done"].all()
+
+    def body(c):
+        logits_BN = jnp.einsum(
+            "bd,dn->bn", c["hidden"], head_DN.astype(c["hidden"].dtype),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        drawn = sample(
+            logits_BN, jax.random.fold_in(key, c["t"]), temperature_B, top_k=top_k, top_p=top_p
+        )
+        token_B = jnp.where(c["done"], pad_id, drawn.token_B)
+        live_B = (~c["done"]).astype(jnp.float32)
+        put = lambda table, column: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
+            table, column[:, None], c["t"], axis=1
+        )
+        done = c["done"] if eos_id is None else c["done"] | (token_B == eos_id)
+        hidden, own = step(model, token_B, prompt, c["own"], c["t"])
+        return dict(
+            t=c["t"] + 1,
+            hidden=hidden,
+            own=own,
+            done=done,
+            tokens=put(c["tokens"], token_B),
+            mask=put(c["mask"], live_B),
+            logp=put(c["logp"], drawn.logp_B * live_B),
+            behaviour=put(c["behaviour"], drawn.behaviour_logp_B * live_B),
+        )
+
+    with jax.named_scope("decode"):
+        c = jax.lax.while_loop(go_on, body, start)
+    return Rollout(
+        prompt_PS, prompt_valid_PS, c["tokens"], c["mask"], c["logp"], c["behaviour"], c["done"]
+    )
+
+
+class Rows(NamedTuple):
+    """Prompt and completion of each row side by side, as the trainer's forward pass wants them.
+
+    Attributes:
+        tokens_BL: [B, S + T] int32.
+        positions_BL: [B, S + T] int32, padding not counted.
+        segments_BL: [B, S + T] int32, 1 on real tokens, 0 on padding.
+    """
+
+    tokens_BL: jax.Array
+    positions_BL: jax.Array
+    segments_BL: jax.Array
+
+
+def rows_of(r: Rollout) -> Rows:
+    """The rollout as full rows; completion token t sits at S + t and is predicted at S + t − 1."""
+    group = r.tokens_BT.shape[0] // r.prompt_PS.shape[0]
+    repeat = lambda x: jnp.repeat(x, group, axis=0)  # noqa: E731
+    tokens = jnp.concatenate([repeat(r.prompt_PS), r.tokens_BT], axis=1)
+    valid = jnp.concatenate([repeat(r.prompt_valid_PS), r.mask_BT > 0], axis=1)
+    return Rows(tokens, positions_of(valid), valid.astype(jnp.int32))

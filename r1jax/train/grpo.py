@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GRPO step: from rollouts and raw rewards to a new state, in one compiled function."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from r1jax.config import GRPOConfig
+from r1jax.ops.loss import token_logp
+from r1jax.rl.advantages import group_advantages, informative_groups
+from r1jax.rl.objectives import grpo_loss
+from r1jax.rl.reduce import token_weights_sequence_mean
+from r1jax.rl.rollout import Rollout, rows_of
+from r1jax.train.state import Controls, TrainState, accumulate, update
+
+Metrics = dict[str, jax.Array]
+
+
+def completion_logp(model, rows: dict[str, jax.Array], temperature: jax.Array | float):
+    """Log-probabilities and entropies of completion tokens, and the expert loads of the pass.
+
+    Args:
+        rows: tokens, positions, segments [B, S + T]; completion [B, T].
+        temperature: the sampler's; 0 (greedy) is scored at 1.
+
+    Returns:
+        (logp_BT, entropy_BT, load_LE), float32, in nats and tokens.
+    """
+    out = model(rows["tokens"], rows["positions"], rows["segments"])
+    length = rows["completion"].shape[1]
+    hidden_BTD = out.hidden_BTD[:, -length - 1 : -1]  # token t is predicted one place before it
+    temperature = jnp.where(temperature > 0, temperature, 1.0)
+    logp_BT, entropy_BT = token_logp(
+        hidden_BTD, model.head_DN(), rows["completion"], temperature=temperature
+    )
+    return logp_BT, entropy_BT, out.stats.load
+
+
+def grpo_step(
+    state: TrainState,
+    ref_params: nnx.State,
+    rollout: Rollout,
+    reward_B: jax.Array,
+    controls: Controls,
+    temperature: jax.Array | float,
+    *,
+    cfg: GRPOConfig,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+    """Advantages, clipped ratio, KL, gradient, clip, AdamW, router bias and metrics of one batch.
+
+    The B rows are split into `cfg.minibatches` updates, gone over `cfg.epochs` times; every update
+    is summed over `cfg.micro_batches` with whole-minibatch weights. The old log-probabilities are
+    the sampler's. Groups stay whole in advantages; minibatches interleave rows so that each sees
+    all prompts.
+
+    Args:
+        state: donated by the caller.
+        ref_params: the reference policy π_ref; the router bias is the policy's own.
+        rollout: B = P · G completions.
+        reward_B: [B] raw rewards; NaN marks a row whose reward is unknown.
+        controls: learning rate and γ.
+        temperature: of the sampler.
+
+    Returns:
+        (state, metrics): loss, kl, ratio, ratio_error, clip_fraction, entropy (nats a token),
+        grad_norm, skipped, reward, dead_groups (share of groups without a signal), load [L, E].
+    """
+    advantage_B = group_advantages(reward_B, group_size=cfg.group_size)
+    batch = _batch(rollout, advantage_B)
+    batch["ref_logp"] = _reference_logp(state.model(ref_params), batch, temperature, cfg)
+    shape = (cfg.minibatches, cfg.micro_batches)
+    batch = jax.tree.map(lambda x: _interleave(x, *shape), batch)
+
+    def one_update(state, minibatch):
+        weight = token_weights_sequence_mean(minibatch["mask"].reshape(-1, minibatch["mask"].shape[-1]))
+        minibatch = minibatch | {"weight": weight.reshape(minibatch["mask"].shape)}
+
+        def loss_fn(params, micro):
+            logp_BT, entropy_BT, load_LE = completion_logp(state.model(params), micro, temperature)
+            loss, sums = grpo_loss(
+                logp_BT,
+                micro["old_logp"],
+                micro["ref_logp"],
+                micro["advantage"],
+                micro["mask"],
+                clip_low=cfg.clip_low,
+                clip_high=cfg.clip_high,
+                beta=cfg.beta,
+                weight_BT=micro["weight"],
+            )
+            entropy = jnp.sum(jnp.where(micro["mask"] > 0, entropy_BT, 0.0))
+            return loss, sums | {"loss": loss, "entropy": entropy, "load": load_LE}
+
+        grads, sums = accumulate(loss_fn, state.params, minibatch)
+        state, report = update(state, grads, sums["load"], controls, optimizer)
+        return state, sums | report
+
+    def one_epoch(state, _):
+        return jax.lax.scan(one_update, state, batch)
+
+    state, sums = jax.lax.scan(one_epoch, state, None, length=cfg.epochs)
+    live_P = informative_groups(reward_B, group_size=cfg.group_size)
+    return state, _report(sums) | {
+        "reward": jnp.nanmean(reward_B),
+        "dead_groups": 1.0 - live_P.astype(jnp.float32).mean(),
+    }
+
+
+def _batch(rollout: Rollout, advantage_B: jax.Array) -> dict[str, jax.Array]:
+    tokens, positions, segments = rows_of(rollout)
+    return {
+        "tokens": tokens,
+        "positions": positions,
+        "segments": segments,
+        "completion": rollout.tokens_BT,
+        "mask": rollout.mask_BT,
+        "old_logp": rollout.logp_BT,
+        "advantage": advantage_B,
+    }
+
+
+def _reference_logp(model, batch, temperature, cfg: GRPOConfig) -> jax.Array:
+    """[B, T] log-probabilities under the reference, micro-batch by micro-batch."""
+    n = cfg.minibatches * cfg.micro_batches
+    pieces = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
+    with jax.named_scope("reference"):
+        logp = jax.lax.map(lambda rows: completion_logp(model, rows, temperature)[0], pieces)
+    return logp.reshape(batch["mask"].shape)
+
+
+def _interleave(x: jax.Array, minibatches: int, micro_batches: int) -> jax.Array:
+    """[B, ...] → [minibatches, micro_batches, B', ...], rows dealt out like cards."""
+    x = x.reshape(-1, minibatches * micro_batches, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(minibatches, micro_batches, *x.shape[1:])
+
+
+def _report(sums: Metrics) -> Metrics:
+    """Metrics of all updates [epochs, minibatches, ...] as one set of means."""
+    tokens = jnp.maximum(sums["tokens"].sum(), 1.0)
+    per_token = {
+        name: sums[key].sum() / tokens
+        for name, key in {"kl": "kl", "ratio": "ratio", "entropy": "entropy"}.items()
+    }
+    return per_token | {
+        "ratio_error": jnp.sqrt(sums["ratio_square_error"].sum() / tokens),
+        "clip_fraction": (sums["clip_low"].sum() + sums["clip_high"].sum()) / tokens,
+        "loss": sums["loss"].mean(),
+        "grad_norm": sums["grad_norm"].mean(),
+        "skipped": sums["skipped"].sum(),
+        "load": sums["load"].sum((0, 1)),
+    }
+
+
+def compile_grpo(cfg: GRPOConfig, optimizer: optax.GradientTransformation):
+    """`grpo_step` jitted, its state donated."""
+
+    def step(state, ref_params, rollout, reward_B, controls, temperature):
+        return grpo_step(
+            state, ref_params, rollout, reward_B, controls, temperature,
+            cfg=cfg, optimizer=optimizer,
+        )  # fmt: skip
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The R1 recipe from end to end (arXiv 2501.12948, figure 2), on generated tasks.
+
+pretrain → cold_start → rl_1 → rejection sampling + sft_2 (from the pre-trained model) → rl_2 →
+distillation of its correct traces into a Qwen2-shaped and a Llama-shaped student.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from r1jax.config import (
+    DenseConfig,
+    GRPOConfig,
+    ModelConfig,
+    RecipeConfig,
+    RejectionConfig,
+    SFTConfig,
+    to_config_dict,
+)
+from r1jax.data import corpus
+from r1jax.data.tokenizer import task_tokenizer
+from r1jax.eval.heldout import evaluate
+from r1jax.eval.report import write_report
+from r1jax.eval.summary import write_summary
+from r1jax.io import jsonl, metrics, outdir
+from r1jax.nn.dense import DenseTransformer
+from r1jax.nn.transformer import Transformer
+from r1jax.train import stages
+from r1jax.train.loop import Run, finish, finished, load
+from r1jax.train.progress import Progress, Silent
+from r1jax.train.sampler import Sampler
+from r1jax.train.stages import Words
+from r1jax.train.state import TrainState, create
+
+Go = Callable[[TrainState], tuple[TrainState, int, float]]
+
+ORDER = ("pretrain", "cold_start", "rl_1", "sft_2", "rl_2", "student_qwen2", "student_llama")
+
+
+def run(
+    cfg: RecipeConfig, out: str | Path, *, display: Progress | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Runs every stage that is not finished yet and writes the summary and the report.
+
+    Args:
+        cfg: the whole recipe.
+        out: folder of the run; a half-done run of the same config goes on where it stopped.
+        display: is told what happens.
+        force: start anew.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        ValueError: the folder belongs to something else, or the config cannot be run.
+        KeyboardInterrupt: after saving.
+    """
+    recipe = Recipe(cfg, Path(out), display or Silent())
+    outdir.claim(out, recipe.run.config, force=force)
+    return recipe.all_stages()
+
+
+class Recipe:
+    """One run: the models, the data and the stages between them."""
+
+    def __init__(self, cfg: RecipeConfig, out: Path, progress: Progress):
+        self.cfg = cfg
+        self.run = Run(out, to_config_dict(cfg).to_dict(), progress, cfg.checkpoint_every)
+        tokenizer = task_tokenizer()
+        check_vocabulary(cfg, tokenizer.vocab_size)
+        self.words = Words(cfg.tasks, tokenizer, stages.template_of(cfg.tasks))
+        self.sampler = Sampler(cfg.sampling, tokenizer, self.words.template)
+        self.heldout = self.words.problems(
+            cfg.evaluation.problems, cfg.seed, "heldout", unique=True
+        )
+        # A prompt that does not fit is refused here, before anything is trained.
+        self.sampler.prompts(self.heldout)
+        self.records: list[dict[str, Any]] = []
+
+    def seed(self, stage: str) -> int:
+        """A seed for each stage, far enough apart for one number a step."""
+        return (self.cfg.seed * 64 + ORDER.index(stage)) * 1_000_000
+
+    def all_stages(self) -> dict[str, Any]:
+        """Runs the stages in order and writes what a run leaves behind."""
+        cfg = self.cfg
+        base = self.stage("pretrain", self.fresh("pretrain", cfg.model), self.pretrain)
+        state = self.stage("cold_start", base, self.cold_start)
+        state = self.stage("rl_1", state, self.reinforce("rl_1", cfg.rl_1))
+        traces = self.traces("sft_2", state, cfg.rejection)
+        state = self.stage("sft_2", base, self.imitate("sft_2", cfg.sft_2, cfg.model, traces))
+        state = self.stage("rl_2", state, self.reinforce("rl_2", cfg.rl_2))
+        traces = self.traces("distill", state, cfg.distill_data)
+        for stage, model in (
+            ("student_qwen2", cfg.students.qwen2),
+            ("student_llama", cfg.students.llama),
+        ):
+            go = self.imitate(stage, cfg.distill, model, traces)
+            self.stage(stage, self.fresh(stage, model), go)
+        return self.leave_behind()
+
+    def fresh(self, stage: str, model: ModelConfig | DenseConfig) -> TrainState:
+        """A newly initialised model."""
+        module = Transformer if isinstance(model, ModelConfig) else DenseTransformer
+        return create(lambda: module(model), optax.identity(), jax.random.key(self.seed(stage)))
+
+    def stage(self, name: str, state: TrainState, go: Go) -> TrainState:
+        """Runs and evaluates a stage, or takes what it left when it was finished before.
+
+        Args:
+            go: from a state to (state, steps, seconds); it must not consume the state it is given.
+        """
+        record = finished(self.run, name)
+        if record is not None:
+            self.records.append(record)
+            return load(self.run, name, {"state": state.slim()})["state"]
+        state, steps, seconds = go(state)
+        state = state.slim()
+        figures, answers = evaluate(
+            state,
+            self.sampler,
+            self.heldout,
+            samples=self.cfg.evaluation.samples,
+            seed=self.seed(name) + 999_999,
+        )
+        record = {
+            "name": name,
+            "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+            "steps": steps,
+            "seconds": round(seconds, 2),
+            **figures,
+            "answers": answers[: self.cfg.evaluation.shown],
+        }
+        finish(self.run, name, {"state": state}, steps, record)
+        self.records.append(record)
+        self.run.progress.message(
+            f"{name}: held-out pass@1 {figures['pass_at_1']:.1%}, greedy {figures['greedy']:.1%}, "
+            f"format {figures['format_rate']:.1%}, {figures['mean_tokens']:.0f} tokens"
+        )
+        return state
+
+    def pretrain(self, state: TrainState):
+        """Next-token training on raw task text."""
+        cfg = self.cfg.pretrain
+        packed = corpus.pretrain_corpus(
+            cfg.examples,
+            seed=self.cfg.seed,
+            tasks=self.words.mixture(),
+            tokenizer=self.words.tokenizer,
+            length=cfg.length,
+            difficulty=self.cfg.tasks.difficulty,
+        )
+        return self._supervised("pretrain", state, packed, cfg, self.cfg.model)
+
+    def cold_start(self, state: TrainState):
+        """SFT on written chains of thought, some of them wrong, few of them reflecting."""
+        cfg = self.cfg.cold_start
+        packed = corpus.cold_start_corpus(
+            cfg.examples,
+            seed=self.cfg.seed,
+            tasks=self.words.mixture(),
+            mix=self.cfg.tasks.mix,
+            template=self.words.template,
+            tokenizer=self.words.tokenizer,
+            length=cfg.length,
+            difficulty=self.cfg.tasks.difficulty,
+        )
+        return self._supervised("cold_start", state, packed, cfg, self.cfg.model)
+
+    def reinforce(self, stage: str, cfg: GRPOConfig, reward_fn: stages.RewardFn | None = None) -> Go:
+        """GRPO from the state given."""
+
+        def go(state: TrainState):
+            state, seconds = stages.grpo(
+                self.run,
+                stage,
+                state,
+                self.words,
+                cfg,
+                self.sampler,
+                bias_speed=self.cfg.model.moe.bias_update_speed,
+                seed=self.seed(stage),
+                reward_fn=reward_fn,
+            )
+            return state, cfg.steps, seconds
+
+        return go
+
+    def imitate(
+        self,
+        stage: str,
+        cfg: SFTConfig,
+        model: ModelConfig | DenseConfig,
+        traces: Callable[[], list[dict[str, str]]],
+    ) -> Go:
+        """SFT on kept traces."""
+
+        def go(state: TrainState):
+            packed = stages.pack_traces(traces(), self.words, length=cfg.length)
+            return self._supervised(stage, state, packed, cfg, model)
+
+        return go
+
+    def traces(
+        self, name: str, state: TrainState, cfg: RejectionConfig
+    ) -> Callable[[], list[dict[str, str]]]:
+        """The kept traces of a policy: sampled when first asked for, and read again ever after."""
+        path = self.run.out / "traces" / f"{name}.jsonl"
+        rl = self.cfg.rl_1
+
+        def get() -> list[dict[str, str]]:
+            if not path.exists():
+                rows = stages.rejection_sample(
+                    self.run,
+                    f"{name}: rejection sampling",
+                    state,
+                    self.words,
+                    cfg,
+                    self.sampler,
+                    batch=(rl.prompts, rl.group_size),
+                    seed=self.seed("sft_2" if name == "sft_2" else "student_qwen2"),
+                )
+                jsonl.write(path, rows)
+            return jsonl.read(path)
+
+        return get
+
+    def leave_behind(self) -> dict[str, Any]:
+        """Writes summary.json, samples.json and the report."""
+        out, by_name = self.run.out, {r["name"]: r for r in self.records}
+        before, after = by_name["cold_start"]["answers"], by_name["rl_2"]["answers"]
+        samples = [
+            {
+                "question": b["question"],
+                "before": b["text"],
+                "after": a["text"],
+                "before_correct": b["correct"],
+                "after_correct": a["correct"],
+            }
+            for b, a in zip(before, after, strict=True)
+        ]
+        rows = [{k: v for k, v in r.items() if k != "answers"} for r in self.records]
+        summary = {"stages": rows, "seed": self.cfg.seed, "config": self.run.config}
+        outdir.write_json(out / "samples.json", samples)
+        summary = write_summary(out, summary)
+        write_report(out, summary, metrics.read(out / "metrics.jsonl"), samples)
+        return summary
+
+    def _supervised(self, stage, state, packed, cfg: SFTConfig, model):
+        seed = self.seed(stage)
+        state, seconds = stages.supervised(self.run, stage, state, packed, cfg, model, seed=seed)
+        return state, cfg.steps, seconds
+
+
+def check_vocabulary(cfg: RecipeConfig, size: int) -> None:
+    """Refuses a model that lacks a row for some token.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name, model in cfg.models():
+        if model.vocab_size < size:
+            raise ValueError(
+                f"{name}.vocab_size={model.vocab_size} is smaller than the tokenizer's {size} "
+                f"tokens; set {name}.vocab_size to {size} or more"
+            )

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of the recipe: supervised training, GRPO, rejection sampling, each a function of a state."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from r1jax import optim
+from r1jax.config import DenseConfig, GRPOConfig, ModelConfig, RejectionConfig, SFTConfig, TaskConfig
+from r1jax.data import corpus
+from r1jax.data.packing import Packed, example, pack
+from r1jax.data.tasks import Problem
+from r1jax.data.template import PRIMER_RL, R1, Template, prompt
+from r1jax.data.tokenizer import TaskTokenizer
+from r1jax.eval.score import score
+from r1jax.rl.rewards import accuracy, combine, format_reward
+from r1jax.train.grpo import compile_grpo
+from r1jax.train.loop import Run, run_stage
+from r1jax.train.sampler import Sampler
+from r1jax.train.state import Controls, TrainState, restart
+from r1jax.train.supervised import compile_supervised, micro_batched
+
+
+RewardFn = Callable[[Sequence[Problem], Sequence[str]], np.ndarray]
+
+
+class Words(NamedTuple):
+    """The language of a run: its tasks, its tokenizer and its template."""
+
+    tasks: TaskConfig
+    tokenizer: TaskTokenizer
+    template: Template
+
+    def mixture(self) -> dict[str, float]:
+        """Task names and their shares."""
+        return dict(zip(self.tasks.names, self.tasks.weights, strict=True))
+
+    def problems(self, n: int, seed: int, split: str, *, unique: bool = False) -> list[Problem]:
+        """`n` problems of the split, drawn by the run's mixture."""
+        return corpus.problems(
+            n,
+            seed=seed,
+            tasks=self.mixture(),
+            split=split,
+            unique=unique,
+            difficulty=self.tasks.difficulty,
+        )
+
+
+def template_of(cfg: TaskConfig) -> Template:
+    """The template that `tasks.template` names."""
+    return {"r1": R1, "primer": PRIMER_RL}[cfg.template]
+
+
+def load_row(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Loads as shares of a layer's tokens: what the expert picture shows. Nothing for dense models."""
+    load_LE = np.asarray(metrics["load"])
+    if not load_LE.size:
+        return {}
+    share_LE = load_LE / np.maximum(load_LE.sum(-1, keepdims=True), 1.0)
+    return {"expert_load": np.round(share_LE, 4)}
+
+
+def supervised(
+    run: Run,
+    stage: str,
+    state: TrainState,
+    packed: Packed,
+    cfg: SFTConfig,
+    model: ModelConfig | DenseConfig,
+    *,
+    seed: int,
+    log_every: int = 10,
+) -> tuple[TrainState, float]:
+    """Trains on packed rows for `cfg.steps` steps with a fresh optimizer: (state, seconds)."""
+    optimizer = optim.adamw(cfg.optim)
+    step_jit = compile_supervised(optimizer, mtp_weight=cfg.mtp_weight)
+    speed = model.moe.bias_update_speed if isinstance(model, ModelConfig) else 0.0
+
+    def step_fn(step, carry):
+        batch = corpus.batch_at(packed, step, batch_size=cfg.batch_size, seed=seed)
+        controls = Controls(
+            np.float32(optim.learning_rate(cfg.optim, step, cfg.steps)),
+            np.float32(speed if step < cfg.steps * (1 - cfg.bias_freeze) else 0.0),
+        )
+        new, metrics = step_jit(carry["state"], micro_batched(batch, cfg.micro_batches), controls)
+
+        def row():
+            values = {k: v for k, v in metrics.items() if k != "load"}
+            return values | {"lr": controls.learning_rate} | load_row(metrics)
+
+        return {"state": new}, row
+
+    carry = {"state": restart(state, optimizer)}
+    carry, seconds = run_stage(run, stage, carry, step_fn, steps=cfg.steps, log_every=log_every)
+    return carry["state"], seconds
+
+
+def grpo(
+    run: Run,
+    stage: str,
+    state: TrainState,
+    words: Words,
+    cfg: GRPOConfig,
+    sampler: Sampler,
+    *,
+    bias_speed: float,
+    seed: int,
+    reward_fn: RewardFn | None = None,
+) -> tuple[TrainState, float]:
+    """Reinforcement learning on the train split with the reference set to the starting policy.
+
+    Args:
+        reward_fn: `(problems, texts) -> float32 [B]` instead of accuracy and format: for controls.
+
+    Returns:
+        (state, seconds).
+    """
+    optimizer = optim.adamw(cfg.optim)
+    step_jit = compile_grpo(cfg, optimizer)
+    temperatures = [sampler.cfg.temperature] * cfg.group_size
+
+    def step_fn(step, carry):
+        problems = words.problems(cfg.prompts, seed + step, "train")
+        done = sampler(carry["state"], problems, (seed, step), temperatures)
+        right = accuracy(done.problems, done.texts, words.template)
+        formed = format_reward(done.texts, words.template)
+        if reward_fn is None:
+            reward_B = combine((cfg.accuracy_weight, cfg.format_weight), right, formed)
+        else:
+            reward_B = reward_fn(done.problems, done.texts)
+        controls = Controls(
+            np.float32(optim.learning_rate(cfg.optim, step, cfg.steps)), np.float32(bias_speed)
+        )
+        new, metrics = step_jit(
+            carry["state"], carry["reference"], done.rollout, reward_B, controls,
+            np.float32(sampler.cfg.temperature),
+        )  # fmt: skip
+        renew = cfg.reference_every and (step + 1) % cfg.reference_every == 0
+        reference = jax.tree.map(lambda x: x.copy(), new.params) if renew else carry["reference"]
+
+        def row():
+            scores = score(done.problems, done.texts, done.tokens_B, words.template)
+            seen = {
+                "accuracy": right.mean(),
+                "format": formed.mean(),
+                "mean_tokens": done.tokens_B.mean(),
+                "reflection": scores.reflects.mean(),
+            }
+            return {k: v for k, v in metrics.items() if k != "load"} | seen | load_row(metrics)
+
+        return {"state": new, "reference": reference}, row
+
+    state = restart(state, optimizer)
+    carry = {"state": state, "reference": jax.tree.map(lambda x: x.copy(), state.params)}
+    carry, seconds = run_stage(run, stage, carry, step_fn, steps=cfg.steps)
+    return carry["state"], seconds
+
+
+def rejection_sample(
+    run: Run,
+    name: str,
+    state: TrainState,
+    words: Words,
+    cfg: RejectionConfig,
+    sampler: Sampler,
+    *,
+    batch: tuple[int, int],
+    seed: int,
+) -> list[dict[str, str]]:
+    """Samples train problems and keeps up to `cfg.keep` distinct correct, well-formed traces of each.
+
+    Args:
+        batch: prompts and samples of a call of the sampler, as in RL: nothing is compiled anew.
+
+    Returns:
+        Rows of task, question and completion.
+    """
+    prompts, group_size = batch
+    problems = words.problems(cfg.problems, seed, "train")
+    kept, rounds = [], -(-cfg.samples // group_size)
+    run.progress.stage(name, -(-len(problems) // prompts) * rounds)
+    done_steps = 0
+    for start in range(0, len(problems), prompts):
+        chunk = problems[start : start + prompts]
+        padded = chunk + problems[: prompts - len(chunk)]
+        found: dict[int, list[str]] = {i: [] for i in range(len(chunk))}
+        for again in range(rounds):
+            noise = (seed, start * rounds + again)
+            done = sampler(state, padded, noise, [1.0] * group_size)
+            scores = score(done.problems, done.texts, done.tokens_B, words.template)
+            good = scores.correct & scores.well_formed
+            for row in np.flatnonzero(good):
+                traces = found.get(row // group_size)
+                text = done.texts[row]
+                if traces is not None and text not in traces and len(traces) < cfg.keep:
+                    traces.append(text)
+            done_steps += 1
+            run.progress.step(done_steps, kept=float(sum(map(len, found.values())) + len(kept)))
+        kept += [
+            {"task": chunk[i].task, "question": chunk[i].question, "completion": text}
+            for i, traces in found.items()
+            for text in traces
+        ]
+    return kept
+
+
+def pack_traces(
+    traces: Sequence[dict[str, str]], words: Words, *, length: int
+) -> Packed:
+    """Kept traces as packed rows in which only the completions are learnt."""
+    encode = words.tokenizer.encode
+    examples = [
+        example(encode(prompt(t["question"], words.template)), encode(t["completion"]))
+        for t in traces
+    ]
+    return pack(examples, length=length, pad_id=words.tokenizer.pad_id)

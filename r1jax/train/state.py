@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`TrainState`: one tree that trains, rolls out and is saved; and the update that all trainers share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from r1jax import optim
+from r1jax.nn.param import RouterBias, initialise
+from r1jax.ops.routing import balance_bias
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Parameters, router biases and optimizer moments; `graphdef` makes the module of them."""
+
+    step: jax.Array  # int32, optimizer updates done
+    params: nnx.State
+    router: nnx.State
+    opt: optax.OptState
+    graphdef: nnx.GraphDef = field(metadata=dict(static=True))
+
+    def model(self, params: nnx.State | None = None) -> nnx.Module:
+        """The module, with other parameters of the same shape if given."""
+        return nnx.merge(self.graphdef, self.params if params is None else params, self.router)
+
+    def slim(self) -> "TrainState":
+        """Without the optimizer: what samples, is evaluated, and starts the next stage."""
+        return TrainState(self.step, self.params, self.router, (), self.graphdef)
+
+
+class Controls(NamedTuple):
+    """What changes from step to step without a new compilation, scalars float32."""
+
+    learning_rate: jax.Array | float
+    bias_speed: jax.Array | float  # γ of the balance rule
+
+
+def create(
+    make: Callable[[], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+) -> TrainState:
+    """A fresh state of the module that `make()` builds, its parameters drawn."""
+
+    @jax.jit
+    def init(key):
+        graphdef, params, router = nnx.split(initialise(make(), key), nnx.Param, RouterBias)
+        return TrainState(jnp.int32(0), params, router, optimizer.init(params), graphdef)
+
+    return init(key)
+
+
+def restart(state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
+    """A copy of the weights with a fresh optimizer: how a stage begins, its state being donated."""
+    params, router = jax.tree.map(lambda x: x.copy(), (state.params, state.router))
+    fresh = jax.jit(optimizer.init)(params)
+    return TrainState(jnp.int32(0), params, router, fresh, state.graphdef)
+
+
+def accumulate(loss_fn: Callable, params: nnx.State, micro_batches: Any) -> tuple[Any, Any]:
+    """Sums gradients and metrics of `loss_fn(params, micro_batch) -> (loss, metrics)` over a scan.
+
+    The loss must already carry whole-batch weights, so that the sum over micro-batches *is* the
+    loss of the whole batch.
+
+    Args:
+        micro_batches: a pytree with a leading axis of micro-batches.
+
+    Returns:
+        (gradients, metrics), each summed.
+    """
+
+    def one(params, batch):
+        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        return grads, metrics
+
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    if jax.tree.leaves(micro_batches)[0].shape[0] == 1:
+        return one(params, first)
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, params, first))
+
+    def body(total, batch):
+        return jax.tree.map(jnp.add, total, one(params, batch)), None
+
+    return jax.lax.scan(body, zero, micro_batches)[0]
+
+
+def update(
+    state: TrainState,
+    grads: nnx.State,
+    load_LE: jax.Array,
+    controls: Controls,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer update and one move of the router biases.
+
+    A gradient with NaN or Inf in it changes nothing but the step count and is reported as
+    `skipped` = 1.
+
+    Args:
+        load_LE: [L, E] expert loads over the whole batch, in the order of the router biases:
+            the layers of the stack, then the MTP module if it ran.
+    """
+    norm = optax.global_norm(grads)
+    good = jnp.isfinite(norm)
+    safe = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
+    updates, opt = optimizer.update(safe, state.opt, state.params)
+    params = optim.apply(state.params, updates, jnp.asarray(controls.learning_rate))
+    router = balance(state.router, load_LE, controls.bias_speed)
+    keep = lambda new, old: jax.tree.map(  # noqa: E731
+        lambda n, o: jnp.where(good, n, o), new, old
+    )
+    state = TrainState(
+        state.step + 1,
+        keep(params, state.params),
+        keep(router, state.router),
+        keep(opt, state.opt),
+        state.graphdef,
+    )
+    return state, {"grad_norm": norm, "skipped": 1.0 - good.astype(jnp.float32)}
+
+
+def balance(router: nnx.State, load_LE: jax.Array, speed: jax.Array | float) -> nnx.State:
+    """`ops.routing.balance_bias` on every router bias; rows of `load_LE` are taken in tree order."""
+    leaves, treedef = jax.tree.flatten(router)
+    moved, start = [], 0
+    for bias in leaves:
+        count = bias.shape[0] if bias.ndim == 2 else 1
+        if start + count > load_LE.shape[0]:  # a router that did not run, the MTP module's
+            moved.append(bias)
+            continue
+        load = load_LE[start : start + count].reshape(bias.shape)
+        moved.append(balance_bias(bias, load, speed))
+        start += count
+    return jax.tree.unflatten(treedef, moved)

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight virtual CPU devices for every test, and one hypothesis profile."""
+
+import os
+
+# Both must be set before the first `import jax`. On real chips: JAX_PLATFORMS=tpu,cpu pytest -m tpu
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_COUNT = "--xla_force_host_platform_device_count"
+if _COUNT not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}=8".strip()
+
+import hypothesis  # noqa: E402  (after the environment is set)
+
+# No deadline: the first example of a jitted function compiles. Derandomised: red is red again.
+hypothesis.settings.register_profile(
+    "r1jax",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("r1jax")

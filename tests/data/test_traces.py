@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cold-start traces and pre-training text: true arithmetic, the promised mix and words."""
+
+import re
+
+import numpy as np
+import pytest
+
+from r1jax.data.tasks import HIGH, LOW, TASKS, TraceMix, countdown, quadratic, split_of
+
+NAMES = sorted(TASKS)
+STEP = re.compile(r"(-?\d+) ([-+*]) (-?\d+) = (-?\d+)")
+TRACES = 3000
+# One false alarm in 16,000 fair checks; the seeds are fixed, so a green run stays green.
+DEVIATIONS = 4
+
+
+def traces(name, mix, n, seed=0):
+    rng = np.random.default_rng(seed)
+    task = TASKS[name]
+    for _ in range(n):
+        problem = task.sample(rng, split="train")
+        yield problem, task.cold_start(rng, problem, mix)
+
+
+def texts(name, n, seed=0, **kwargs):
+    rng = np.random.default_rng(seed)
+    return [TASKS[name].pretrain_text(rng, **kwargs) for _ in range(n)]
+
+
+def is_true(step):
+    left, operator, right, value = step
+    a, b = int(left), int(right)
+    return {"+": a + b, "-": a - b, "*": a * b}[operator] == int(value)
+
+
+def agrees(draws, share):
+    """Whether the share of true draws is within chance of what it should be."""
+    return abs(np.mean(draws) - share) <= DEVIATIONS * np.sqrt(share * (1 - share) / len(draws))
+
+
+def tries_of(reasoning):
+    return [part.split() for part in reasoning.split("try ")[1:]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "mix",
+    [
+        TraceMix(first_right=0.35, checked=0.5, retry=0.15, retry_right=0.5),
+        TraceMix(first_right=0.2, checked=0.9, retry=0.9, retry_right=0.3),
+        TraceMix(first_right=0.35, checked=0.5, retry=0.0),
+    ],
+    ids=["few retries", "many retries", "none"],
+)
+def test_traces_follow_the_mix(name, mix):
+    first, checked, noticed, retried = [], [], [], []
+    for problem, trace in traces(name, mix, TRACES):
+        right = TASKS[name].attempts(problem, trace.reasoning)
+        tries = tries_of(trace.reasoning)
+        assert 1 <= len(right) == len(tries) <= mix.max_tries
+        assert TASKS[name].verify(problem, trace.answer) == right[-1]
+        assert not any(right[:-1])
+        first.append(right[0])
+        retried += right[1:]
+        for number, (words, good) in enumerate(zip(tries, right, strict=True), start=1):
+            verdict = "yes" in words or "no" in words
+            checked.append(verdict)
+            assert ("yes" in words) == (verdict and good)
+            if verdict and not good and number < mix.max_tries:
+                noticed.append(words[-1] == "wait")
+    assert agrees(first, mix.first_right)
+    assert agrees(checked, mix.checked)
+    assert len(noticed) > 400
+    assert agrees(noticed, mix.retry)
+    if mix.retry:
+        assert len(retried) > 100
+        assert agrees(retried, mix.retry_right)
+    else:
+        assert not retried
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_candidate_is_proposed_twice(name):
+    mix = TraceMix(first_right=0.0, checked=1.0, retry=1.0, retry_right=0.0, max_tries=5)
+    for _, trace in traces(name, mix, 500):
+        ends = [
+            re.split(r" (?::|yes|no)\b", " ".join(words))[0] for words in tries_of(trace.reasoning)
+        ]
+        assert len(set(ends)) == len(ends)
+
+
+@pytest.mark.parametrize("name", ["countdown", "quadratic"])
+def test_every_step_is_true_even_in_wrong_tries(name):
+    found = [trace.reasoning for _, trace in traces(name, TraceMix(retry=0.9, checked=0.9), 1000)]
+    found += [text.split(" = 0 ")[-1] for text in texts(name, 1000)]  # less the equation asked
+    steps = [step for text in found for step in STEP.findall(text)]
+    assert len(steps) > 2000
+    assert all(map(is_true, steps))
+
+
+def test_an_arithmetic_slip_is_one_step_and_its_check_is_true():
+    wrong = 0
+    for problem, trace in traces("arithmetic", TraceMix(retry=0.9, checked=1.0), 1000):
+        right = TASKS["arithmetic"].attempts(problem, trace.reasoning)
+        for words, good in zip(tries_of(trace.reasoning), right, strict=True):
+            forward, check = " ".join(words).split(" : ")
+            assert all(map(is_true, STEP.findall(check)))
+            assert sum(not is_true(step) for step in STEP.findall(forward)) == (not good)
+            # The check reveals the slip: it comes back to the product only where there was none.
+            undone = STEP.findall(check)
+            start = undone[-2][3] if len(undone) > 1 else STEP.findall(forward)[0][3]
+            assert (start == undone[-1][3]) == good
+            wrong += not good
+    assert wrong > 300
+    facts = [t for t in texts("arithmetic", 1000) if re.fullmatch(STEP, t)]
+    assert len(facts) > 200
+    assert all(is_true(STEP.fullmatch(fact).groups()) for fact in facts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_integer_has_a_token(name):
+    mix = TraceMix(retry=0.9, checked=0.9)
+    found = [f"{p.question} {t.reasoning} {t.answer}" for p, t in traces(name, mix, 1000)]
+    numbers = {int(n) for text in found + texts(name, 1000) for n in re.findall(r"-?\d+", text)}
+    assert min(numbers) >= LOW
+    assert max(numbers) <= HIGH
+
+
+def test_countdown_answers_say_what_their_steps_say():
+    for problem, trace in traces("countdown", TraceMix(checked=0.0, first_right=0.0), 500):
+        value, used = countdown.evaluate(trace.answer.split())
+        assert value == int(STEP.findall(trace.reasoning)[-1][3]) != problem.given[-1]
+        assert sorted(used) == sorted(problem.given[:-1])
+
+
+def test_quadratic_wrong_tries_are_of_both_kinds():
+    products = []
+    for problem, trace in traces("quadratic", TraceMix(first_right=0.0, checked=0.0), 500):
+        first, second = map(int, trace.answer.split(" , "))
+        products.append(first * second == problem.given[1])
+        assert not quadratic.verify(problem, trace.answer)
+    assert 0.25 < np.mean(products) < 0.75
+
+
+def question_key(text):
+    """The key of the problem that a text asks, None where it asks nothing."""
+    numbers = list(map(int, re.findall(r"-?\d+", text.split(" try ")[0].replace("- ", "-"))))
+    if text.startswith("use "):
+        return countdown.make(tuple(numbers[:-1]), numbers[-1]).key
+    if text.startswith("compute "):
+        return TASKS["arithmetic"].make(tuple(numbers[:2]), tuple(numbers[2:])).key
+    if text.startswith("solve "):
+        terms = text.split(" = 0")[0].replace("- ", "-").split()[4:]
+        b = next((int(n) for n, x in zip(terms, terms[1:], strict=False) if x == "x"), 0)
+        free = [
+            int(n) for i, n in enumerate(terms) if n not in "x+" and terms[i + 1 : i + 2] != ["x"]
+        ]
+        return quadratic.make(b, sum(free)).key
+    return None
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_pretraining_asks_only_problems_of_its_split(name, split):
+    keys = [key for text in texts(name, 2000, split=split) if (key := question_key(text))]
+    assert len(keys) > 500
+    assert {split_of(key) for key in keys} == {split}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pretraining_teaches_checking_but_not_reflection(name):
+    found = texts(name, 3000)
+    assert not any("wait" in text or "<" in text for text in found)
+    attempts = [text for text in found if question_key(text)]
+    assert all(text.split()[-1] in ("yes", "no") and text.count("try") == 1 for text in attempts)
+    assert len(attempts) > 1000
+    assert agrees([text.endswith("yes") for text in attempts], 0.5)
+    assert 0.2 < np.mean([bool(re.fullmatch(STEP, text)) for text in found]) < 0.4
+    assert any(" so " in text for text in found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attempts_judge_by_the_candidate_and_not_by_the_verdict(name):
+    reasoning, problem, expected = {
+        "countdown": (
+            "try 3 * 7 = 26 yes wait try 3 * 7 = 21 , 21 + 5 = 26 no try 3 * 7 = 21 , 21 + 7 = 28 "
+            "try 3 * 7 = 21 try 5 + 21 = 26 try 7 * 3 = 21 , 5 + 21 = 26 try "
+            "try 3 * 7 = 21 , 21 + 5",
+            countdown.make((3, 5, 7), 26),
+            [False, True, False, False, False, True, False, False],
+        ),
+        "quadratic": (
+            "try 2 , 4 : yes try 3 , 2 no try 2 3 try 2 , 3 , 6 try",
+            quadratic.make(-5, 6),
+            [False, True, False, False, False],
+        ),
+        "arithmetic": (
+            "try 7 * 8 = 56 , 56 + 5 = 61 , 61 - 3 = 58 no try 7 * 8 = 58 : yes "
+            "try 58 try 7 * 8 = 56",
+            TASKS["arithmetic"].make((7, 8), (5, -3)),
+            [True, True, False, False],
+        ),
+    }[name]
+    assert TASKS[name].attempts(problem, reasoning) == expected
+
+
+def test_a_try_that_leaves_a_number_over_is_wrong():
+    problem = countdown.make((3, 5, 7), 8)
+    assert countdown.attempts(problem, "try 3 + 5 = 8 yes") == [False]
+    assert countdown.attempts(countdown.make((3, 5), 8), "try 3 + 5 = 8") == [True]
