@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer chains and schedules. The learning rate is an argument of the step, not a part of the chain,
-so one compiled step serves every stage and a resumed run needs only its step number."""
+"""Optimizer chains and schedules.
 
+The learning rate is an argument of the step, not a part of the chain: one compiled step serves a
+whole schedule and a resumed run needs only its step number.
+"""
+
+import functools
 import math
 from typing import Any
 
@@ -17,10 +21,15 @@ def adamw(cfg: OptimConfig) -> optax.GradientTransformation:
 
     The update still has to be multiplied by −learning rate: see `apply`.
     """
+    return _chain(cfg.clip_norm, cfg.b1, cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
+
+
+@functools.cache  # stages that differ in learning rate only share one compiled step
+def _chain(clip_norm: float, b1: float, b2: float, *, eps: float, weight_decay: float):
     return optax.chain(
-        optax.clip_by_global_norm(cfg.clip_norm),
-        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
-        optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
+        optax.clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, mask=decayed),
     )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logical axes → mesh axes. The one file that knows whether there is no mesh, an Auto or an Explicit one.
+"""Logical axes → mesh axes. The one file that knows of no mesh, an Auto or an Explicit one.
 
-Modules name what an axis *is* ("batch", "embed", "expert"); `RULES` says which mesh axis carries it.
-Without a mesh every function here is the identity or a plain `jnp` call.
+Modules name what an axis *is* ("batch", "embed", "expert"); `RULES` says which mesh axis carries
+it. Without a mesh every function here is the identity or a plain `jnp` call.
 """
 
 import jax

@@ -5,9 +5,13 @@ import os
 
 # Both must be set before the first `import jax`. On real chips: JAX_PLATFORMS=tpu,cpu pytest -m tpu
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_COUNT = "--xla_force_host_platform_device_count"
-if _COUNT not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}=8".strip()
+# Tests compile much and compute little: level 0 halves the compilations.
+for _flag, _value in (
+    ("--xla_force_host_platform_device_count", 8),
+    ("--xla_backend_optimization_level", 0),
+):
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 
 import hypothesis  # noqa: E402  (after the environment is set)
 

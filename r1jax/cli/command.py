@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from r1jax.train.failure import StageFailed
+
 # Programs and JAX are imported where they are called: `--help` and a wrong flag answer at once.
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -97,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _failed()
         _say(f"error: {' '.join(str(error).split())}")
         return WRONG
+    except StageFailed as error:
+        _say(f"failed: {error}")
+        return FAILED
     except BrokenPipeError:  # the reader of stdout has seen enough
         sys.stdout = None
         return DONE
@@ -164,6 +169,7 @@ def _run(args: argparse.Namespace) -> int:
         return DONE
     from r1jax import config as schema
     from r1jax.cli import overrides
+    from r1jax.eval.summary import read_summary
     from r1jax.io import outdir
 
     if args.verb == "train":
@@ -178,7 +184,7 @@ def _run(args: argparse.Namespace) -> int:
     config = schema.from_config_dict(schema.RecipeConfig, tree)
     as_dict = schema.to_config_dict(config).to_dict()
     if not args.force and outdir.inspect(out, as_dict) == "finished":
-        summary = json.loads((out / outdir.SUMMARY).read_text(encoding="utf-8"))
+        summary = read_summary(out)
         _say(f"{out} is finished, nothing to do; --force starts it anew")
     else:
         summary = _train(config, out, force=args.force)

@@ -4,7 +4,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from rich.console import Console
@@ -22,6 +22,8 @@ from rich.table import Column
 
 _INTERVAL = 5.0  # seconds between plain lines
 _SHOWN = 5  # numbers beside a step
+# A program reports all its metrics; these say how it goes, the most telling first.
+_TELLING = ("reward", "loss", "accuracy", "format", "mean_tokens", "kl", "grad_norm")
 
 
 def open_display(stream: TextIO) -> "LiveDisplay | PlainDisplay":
@@ -133,6 +135,7 @@ def _whole(min_width: int | None = None) -> Column:
     return Column(no_wrap=True, min_width=min_width, overflow="ignore")
 
 
-def shown(numbers: dict[str, float]) -> str:
-    """The first few numbers as `reward 0.512  tokens 41.3`."""
-    return "  ".join(f"{k} {float(v):.3g}" for k, v in list(numbers.items())[:_SHOWN])
+def shown(numbers: Mapping[str, float]) -> str:
+    """The few numbers that tell most, as `reward 0.512  kl 0.01`; any others if none is known."""
+    telling = [name for name in _TELLING if name in numbers] or list(numbers)
+    return "  ".join(f"{name} {float(numbers[name]):.3g}" for name in telling[:_SHOWN])

@@ -140,7 +140,8 @@ def prompt_batch(
         if len(ids) > length:
             raise ValueError(
                 f"the prompt of {problems[index].question!r} has {len(ids)} tokens, "
-                f"expected at most prompt_length={length}; set prompt_length to {len(ids)} or more"
+                f"expected at most prompt_length={length}; "
+                f"set sampling.prompt_length to {len(ids)} or more"
             )
         tokens_PT[index, length - len(ids) :] = ids
         mask_PT[index, length - len(ids) :] = True

@@ -92,10 +92,10 @@ _TABLE_NOTE = (
 _BARS_NOTE = (
     "The mean over samples at temperature 1, in percent. Students are in the second colour."
 )
-_RL_NOTE = "As recorded, and smoothed within each stage. A new stage begins at a dashed line."
+_RL_NOTE = "As recorded, and smoothed within each stage; a dashed line begins the next."
 _LOSS_NOTE = "Training loss per stage."
 _LOAD_NOTE = (
-    "Tokens each routed expert received, relative to an even share: orange above it, blue below it, "
+    "Tokens each routed expert received, relative to an even share: orange above it, blue below, "
     "blank where the load is even. Time runs from left to right."
 )
 _SAMPLES_NOTE = "Sampled answers to the same held-out question, before and after RL."

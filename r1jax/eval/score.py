@@ -66,8 +66,8 @@ def summarise(scores: Scores, problems: Sequence[Problem], samples: int) -> dict
     """Figures of P problems × `samples` sampled completions, rows of a problem side by side.
 
     pass_at_1 is the mean over all samples (R1 paper, section 3); cons_at_k the share of problems
-    whose majority answer is right; self_correction_rate P(final right | first try wrong), None if no
-    first try was wrong.
+    whose majority answer is right; self_correction_rate P(final right | first try wrong), None if
+    no first try was wrong.
     """
     groups = range(0, len(scores.answers), samples)
     won = [

@@ -6,22 +6,24 @@
 """
 
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from r1jax import __version__
 from r1jax.io import outdir
 from r1jax.io.metrics import plain
 
-_PACKAGES = ("r1jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:
     """The version of Python and of each package that has a say in the figures."""
     found = {name: _version(name) for name in _PACKAGES}
-    return found | {"python": platform.python_version()}
+    return {"r1jax": __version__, **found, "python": platform.python_version()}
 
 
 def host() -> dict[str, str | int | float]:
@@ -62,6 +64,19 @@ def write_summary(out_dir: str | Path, summary: Mapping[str, Any]) -> dict[str, 
     complete = with_provenance(summary)
     outdir.write_json(Path(out_dir) / outdir.SUMMARY, complete)
     return complete
+
+
+def read_summary(out_dir: str | Path) -> dict[str, Any]:
+    """The summary that a finished run left in its folder.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    path = Path(out_dir) / outdir.SUMMARY
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); --force starts anew") from error
 
 
 def _version(package: str) -> str:

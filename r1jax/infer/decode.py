@@ -69,6 +69,6 @@ def step(model, token_B: jax.Array, prompt: Prompt, own: tuple[Entry, ...], inde
     x_B1D = model.embed_tokens(token_B[:, None])
     written = []
     for layers, entries, cache in zip(model.stacks(), prompt.entries, own, strict=True):
-        x_B1D, cache = run_cached(layers, x_B1D, turn, entries, cache, at)
+        x_B1D, cache = run_cached(layers, x_B1D, turn, prompt=entries, own=cache, step=at)
         written.append(cache)
     return model.norm(x_B1D)[:, 0], tuple(written)

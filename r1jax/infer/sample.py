@@ -14,9 +14,10 @@ class Sample(NamedTuple):
     Attributes:
         token_B: [B] int32.
         logp_B: [B] float32 log-probability under softmax(logits / temperature), untruncated: what
-            the trainer computes again, so that the ratio is one before any update.
+            the trainer computes again, so that the ratio is one before any update. A greedy row is
+            scored at temperature 1, here as there.
         behaviour_logp_B: [B] float32 log-probability under the distribution drawn from, top-k and
-            top-p included: what an importance weight divides by.
+            top-p included: what an importance weight divides by. 0 in a greedy row.
     """
 
     token_B: jax.Array
@@ -55,7 +56,7 @@ def sample(
     Args:
         logits_BN: [B, N] float32.
         key: PRNG key of this step.
-        temperature_B: [B]; a row at 0 takes its best token, with log-probability 0.
+        temperature_B: [B]; a row at 0 takes its best token.
         top_k, top_p: as in `truncate`.
     """
     chex.assert_rank([logits_BN, temperature_B], [2, 1])
@@ -65,7 +66,6 @@ def sample(
     cut_BN = jax.nn.log_softmax(truncate(scaled_BN, top_k=top_k, top_p=top_p), axis=-1)
     noise_BN = jnp.where(greedy_B1, 0.0, jax.random.gumbel(key, logits_BN.shape))
     token_B = jnp.argmax(jnp.where(greedy_B1, scaled_BN, cut_BN) + noise_BN, axis=-1)
-    pick = lambda table: jnp.where(  # noqa: E731
-        greedy_B1, 0.0, jnp.take_along_axis(table, token_B[:, None], axis=-1)
-    )[:, 0]
-    return Sample(token_B.astype(jnp.int32), pick(full_BN), pick(cut_BN))
+    pick = lambda table: jnp.take_along_axis(table, token_B[:, None], axis=-1)[:, 0]  # noqa: E731
+    behaviour_B = jnp.where(greedy_B1[:, 0], 0.0, pick(cut_BN))
+    return Sample(token_B.astype(jnp.int32), pick(full_BN), behaviour_B)

@@ -7,7 +7,7 @@
 Orbax writes into a temporary folder and renames it, so a folder whose name is a number is complete
 unless the disk damaged it afterwards. Orbax pads, crops and casts what does not fit its target;
 here that is an error, which is what the types in the JSON are for. Writing is synchronous: a laptop
-run saves a megabyte in about 0.1 s and leaves no threads behind at exit.
+run saves a megabyte in 0.1 to 0.2 s and leaves no threads behind at exit.
 """
 
 import json
@@ -284,8 +284,10 @@ def _target(abstract: Any) -> Any:
 def _like(value: Any, abstract: Any) -> Any:
     if isinstance(value, jax.Array) or not isinstance(abstract, jax.Array | jax.ShapeDtypeStruct):
         return value
+    # As free to move as what it replaces, or a step compiled for that would be compiled again.
+    free = isinstance(abstract, jax.Array) and not abstract.committed
     # A copy, never a view of the reader's buffer: training donates these arrays.
-    return jax.device_put(value, abstract.sharding, may_alias=False)
+    return jax.device_put(value, None if free else abstract.sharding, may_alias=False)
 
 
 def _first_line(error: Exception) -> str:

@@ -27,7 +27,9 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         ValueError: a line is not a JSON object (path and line are named).
     """
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(): a string may hold U+2028, which JSON leaves as it is.
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
         try:
             row = json.loads(line)
         except ValueError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoder layer, and stacks of them under `jax.lax.scan`: in full, and one step with a cache."""
+"""One decoder layer, and stacks of them under `jax.lax.scan`: in full, and a cached step."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ Entry = tuple[jax.Array, jax.Array]  # what an attention caches: (latent, key) o
 
 
 class Step(NamedTuple):
-    """Where a cached step stands: masks over the prompt and over the own cache, and the write index.
+    """Where a cached step stands: masks over the prompt and the own cache, and the write index.
 
     Attributes:
         prompt_mask_BTS: [B, T, S] keys of the shared prompt cache that may be attended to.
@@ -89,7 +89,7 @@ def run(layers: Block, x_BTD, rotation, mask_BTS, valid_BT, *, remat: bool):
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x_BTD, layers)
 
 
-def run_cached(layers: Block, x_BTD, rotation, prompt: Entry, own: Entry, step: Step):
+def run_cached(layers: Block, x_BTD, rotation, *, prompt: Entry, own: Entry, step: Step):
     """A stack of layers for one step; caches have a leading layer axis: (x_BTD, own)."""
 
     def body(x, xs):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense decoders for distillation: Qwen2-shaped (biased q, k, v) and Llama-shaped, from one module."""
+"""Dense decoders for distillation, one module: Qwen2-shaped (biased q, k, v) or Llama-shaped."""
 
 import jax
 import jax.numpy as jnp

@@ -15,7 +15,7 @@ Rotation = tuple[jax.Array, jax.Array]  # cos and sin, each [B, T, R/2]
 
 
 class MLA(nnx.Module):
-    """DeepSeek-V3 section 2.1.1. What it caches is one latent [C] and one rotated key [R] a token."""
+    """DeepSeek-V3 section 2.1.1. It caches one latent [C] and one rotated key [R] a token."""
 
     Part = LatentPart
 
@@ -58,7 +58,7 @@ class MLA(nnx.Module):
         return q_nope_BTHK, rotate_interleaved(q_rope_BTHR, cos[:, :, None], sin[:, :, None])
 
     def __call__(self, x_BTD: jax.Array, rotation: Rotation, part: LatentPart) -> jax.Array:
-        """Attention over one part as long as the queries, keys expanded: for training and prefill."""
+        """Attention over one part as long as the queries, keys expanded: training and prefill."""
         q = self.query(x_BTD, rotation)
         out = mla_naive(*q, part, self.w_uk[...], self.w_uv[...], scale=self.scale)
         return self._project(out)

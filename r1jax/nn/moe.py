@@ -23,7 +23,12 @@ class Router(nnx.Module):
 
     def __call__(self, x_TD: jax.Array) -> Routing:
         cfg = self.cfg
-        logits_TE = jnp.einsum("td,de->te", x_TD.astype(jnp.float32), self.weight[...])
+        logits_TE = jnp.einsum(
+            "td,de->te",
+            x_TD.astype(jnp.float32),
+            self.weight[...],
+            precision=jax.lax.Precision.HIGHEST,  # accelerators would multiply in fewer bits
+        )
         return route(
             logits_TE,
             self.bias[...],

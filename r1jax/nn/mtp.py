@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The multi-token-prediction module (DeepSeek-V3 section 2.2, eq. 21–25)."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 

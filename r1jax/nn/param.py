@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Making parameters and stacks of layers, and filling them.
 
-A module is built without a key and without a mesh: its constructor says shapes, logical axes and how
-each parameter is to be drawn; `initialise` then draws all of them.
+A module is built without a key and without a mesh: its constructor says shapes, logical axes and
+how each parameter is to be drawn; `initialise` then draws all of them.
 """
 
 import math
@@ -33,9 +33,7 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...],
 
 def stack(make: Callable[[], nnx.Module], n: int) -> nnx.Module:
     """`n` modules made by `make()` as one, every variable with a leading "layers" axis."""
-    one = nnx.transform_metadata(
-        lambda _: make(), in_axes=0, out_axes=0, partition="layers"
-    )
+    one = nnx.transform_metadata(lambda _: make(), in_axes=0, out_axes=0, partition="layers")
     return jax.vmap(one)(jnp.arange(n))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DeepSeek-V3 decoder: dense layers first, then mixture-of-experts layers, and the MTP module."""
+"""The DeepSeek-V3 decoder: dense layers, then mixture-of-experts layers, and the MTP module."""
 
 from typing import NamedTuple
 
@@ -61,7 +61,9 @@ class Transformer(nnx.Module):
 
     def stacks(self) -> tuple[Block, ...]:
         """The stacks of layers in order; each is a Block with a leading layer axis."""
-        return (self.dense_layers, self.moe_layers) if self.cfg.first_k_dense else (self.moe_layers,)
+        return (
+            (self.dense_layers, self.moe_layers) if self.cfg.first_k_dense else (self.moe_layers,)
+        )
 
     def head_DN(self) -> jax.Array:
         return self.head[...]
@@ -85,7 +87,7 @@ class Transformer(nnx.Module):
         return forward(self, tokens_BT, positions_BT, segments_BT)
 
     def predict_second(self, hidden_BTD, next_tokens_BT, positions_BT, segments_BT):
-        """The MTP module on the main model's output: (hidden for P(t_{i+2}), RouterStats [1, ...])."""
+        """The MTP module on the main model's output: (hidden for P(t_{i+2}), stats [1, ...])."""
         next_embed = self.embed_tokens(next_tokens_BT)
         mask = causal_mask(segments_BT)
         hidden, stats = self.mtp(
@@ -120,8 +122,6 @@ def forward(model, tokens_BT, positions_BT, segments_BT) -> Output:
     x_BTD = model.embed_tokens(tokens_BT)
     entries, stats = [], None
     for layers in model.stacks():
-        x_BTD, (entry, stats) = run(
-            layers, x_BTD, turn, mask_BTS, valid_BT, remat=model.cfg.remat
-        )
+        x_BTD, (entry, stats) = run(layers, x_BTD, turn, mask_BTS, valid_BT, remat=model.cfg.remat)
         entries.append(entry)
     return Output(model.norm(x_BTD), tuple(entries), stats)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure array functions: no Flax, no config object, no mesh names. Import what you need from each module."""
+"""Pure array functions: no Flax, no config object, no mesh names. Import from the modules."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention cores as pure functions: multi-head latent attention, naive and absorbed, and grouped-query.
+"""Attention cores as pure functions: multi-head latent (naive and absorbed) and grouped-query.
 
 Every function takes its keys as *parts*: arrays whose batch either equals the queries' batch B or
 divides it, in which case a part's row p serves the queries of rows p·G … p·G + G − 1. So the G

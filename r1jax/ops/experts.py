@@ -3,9 +3,10 @@
 
 `ragged`: tokens sorted by expert, `jax.lax.ragged_dot`. What accelerators run.
 `tiled`:  tokens sorted by expert, each expert's rows padded to whole tiles, one batched matmul over
-          (tile, its expert's weights). For CPUs, where `ragged_dot` multiplies every row by every expert.
-`dense`:  every expert on every token as two wide matmuls, unchosen ones weighed by zero. For CPUs when
-          experts are few: it does E/K times the arithmetic but no gather.
+          (tile, its expert's weights). For CPUs, where `ragged_dot` multiplies every row by every
+          expert.
+`dense`:  every expert on every token as two wide matmuls, unchosen ones weighed by zero. For CPUs
+          when experts are few: it does E/K times the arithmetic but no gather.
 None drops a token at any load. `experiments/bench_experts.py` measures them.
 """
 
@@ -19,7 +20,8 @@ def choose(n_tokens: int, k: int, n_experts: int, backend: str) -> str:
     """The implementation to run: by measurement, `experiments/log/002_experts_on_cpu.md`."""
     if backend != "cpu":
         return "ragged"
-    return "dense" if n_experts <= 4 * k or n_tokens * k < n_experts * TILE // 2 else "tiled"
+    rows_per_expert = n_tokens * k / n_experts
+    return "dense" if rows_per_expert < 2 * TILE else "tiled"
 
 
 def experts(
@@ -86,7 +88,9 @@ def _tiled(x_TD, index_TK, weight_TK, weights):
     order, token, sizes = _sort(index_TK, e)
     slot_M, expert_I = tile_slots(index_TK.reshape(-1)[order], sizes)
     n_tiles = expert_I.shape[0]
-    rows = jnp.zeros((n_tiles * TILE, d), x_TD.dtype).at[slot_M].set(x_TD[token], unique_indices=True)
+    rows = (
+        jnp.zeros((n_tiles * TILE, d), x_TD.dtype).at[slot_M].set(x_TD[token], unique_indices=True)
+    )
     rows = rows.reshape(n_tiles, TILE, d)
     h = jax.nn.silu(jnp.einsum("ird,idf->irf", rows, w_gate_EDF[expert_I]))
     h = h * jnp.einsum("ird,idf->irf", rows, w_up_EDF[expert_I])

@@ -14,7 +14,7 @@ def token_logp(
     temperature: jax.Array | float = 1.0,
     chunk: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
-    """log P(target) and entropy of softmax(hidden · head / temperature), a chunk of tokens at a time.
+    """log P(target) and entropy of softmax(hidden · head / temperature), in chunks of tokens.
 
     Each chunk's logits live only inside one step of a scan and are computed again in the backward
     pass, so the largest temporary is [chunk, N] in value and gradient alike.
@@ -40,7 +40,10 @@ def token_logp(
     @jax.checkpoint
     def one(hidden_TD, target_T):
         logits = jnp.einsum(
-            "td,dn->tn", hidden_TD, head_DN.astype(hidden_TD.dtype), preferred_element_type=jnp.float32
+            "td,dn->tn",
+            hidden_TD,
+            head_DN.astype(hidden_TD.dtype),
+            preferred_element_type=jnp.float32,
         )
         logits = logits / temperature
         norm_T = jax.nn.logsumexp(logits, axis=-1)
@@ -49,7 +52,5 @@ def token_logp(
         entropy_T = -(jnp.exp(still) * still).sum(-1)
         return logp_T, entropy_T
 
-    _, (logp, entropy) = jax.lax.scan(
-        lambda _, xs: (None, one(*xs)), None, (hidden, targets)
-    )
+    _, (logp, entropy) = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, (hidden, targets))
     return logp.reshape(-1)[:n].reshape(b, t), entropy.reshape(-1)[:n].reshape(b, t)

@@ -34,7 +34,11 @@ def inverse_frequencies(
     if factor > 1.0:
 
         def pair_at(turns: float) -> float:
-            return dim * math.log(original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+            return (
+                dim
+                * math.log(original_max_position / (turns * 2 * math.pi))
+                / (2 * math.log(theta))
+            )
 
         low = max(math.floor(pair_at(beta_fast)), 0)
         high = min(math.ceil(pair_at(beta_slow)), dim - 1)
@@ -69,6 +73,6 @@ def rotate_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Arra
 
 
 def rotate_half(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i + R/2}) of the last axis: the layout of Qwen and Llama weights."""
+    """Rotates the pairs (x_i, x_{i + R/2}) of the last axis: the layout of Qwen and Llama."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

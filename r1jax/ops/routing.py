@@ -73,7 +73,7 @@ def _top_mask(score_TG: jax.Array, k: int) -> jax.Array:
 def expert_load(index_TK: jax.Array, valid_T: jax.Array, n_routed_experts: int) -> jax.Array:
     """Tokens sent to each expert, padding excluded: [E] float32 counts."""
     chosen_TE = jax.nn.one_hot(index_TK, n_routed_experts, dtype=jnp.float32).sum(1)
-    return jnp.einsum("te,t->e", chosen_TE, valid_T.astype(jnp.float32))
+    return (chosen_TE * valid_T.astype(jnp.float32)[:, None]).sum(0)
 
 
 def balance_bias(bias_E: jax.Array, load_E: jax.Array, speed: jax.Array | float) -> jax.Array:
@@ -102,7 +102,7 @@ def sequence_balance_loss(
         valid_BT: [B, T] 1 for a real token, 0 for padding.
 
     Returns:
-        [B] float32, at least 1 when perfectly balanced affinities follow the load; 0 for an empty row.
+        [B] float32, 1 under a perfect balance of loads or of affinities; 0 for an empty row.
     """
     n_experts, k = affinity_BTE.shape[-1], index_BTK.shape[-1]
     valid_BT = valid_BT.astype(jnp.float32)

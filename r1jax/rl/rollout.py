@@ -5,13 +5,14 @@ Prompts are prefilled once and their cache is shared by the group; decoding stop
 row has ended; the log-probabilities of what was drawn come back with it.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from r1jax.infer.decode import empty_cache, positions_of, prefill, step
-from r1jax.infer.sample import sample
+from r1jax.infer.decode import Prompt, empty_cache, positions_of, prefill, step
+from r1jax.infer.sample import Sample, sample
 
 
 class Rollout(NamedTuple):
@@ -22,7 +23,8 @@ class Rollout(NamedTuple):
         prompt_valid_PS: [P, S] bool.
         tokens_BT: [B, T] int32 completions; pad after the end.
         mask_BT: [B, T] float32, 1 on completion tokens, the end-of-sequence token included.
-        logp_BT: [B, T] float32 under the temperature-scaled policy, untruncated; 0 off the mask.
+        logp_BT: [B, T] float32 under the temperature-scaled policy, untruncated (a greedy row at
+            temperature 1); 0 off the mask.
         behaviour_logp_BT: [B, T] float32 under the truncated distribution that was drawn from.
         ended_B: [B] bool, False where the length limit cut the completion.
     """
@@ -72,53 +74,61 @@ def rollout(
         raise ValueError(f"{rows} rows must be a multiple of the {n_prompts} prompts (group_size)")
     with jax.named_scope("prefill"):
         prompt = prefill(model, prompt_PS, prompt_valid_PS)
+    draw = functools.partial(_draw, temperature_B=temperature_B, top_k=top_k, top_p=top_p)
+    start = _start(prompt, rows, max_new_tokens, pad_id)
     head_DN = model.head_DN()
-    blank = jnp.zeros((rows, max_new_tokens), jnp.float32)
-    start = dict(
-        t=jnp.int32(0),
-        hidden=jnp.repeat(prompt.hidden_PD, rows // n_prompts, axis=0),
-        own=empty_cache(prompt, rows, max_new_tokens),
-        done=jnp.zeros(rows, bool),
-        tokens=jnp.full((rows, max_new_tokens), pad_id, jnp.int32),
-        mask=blank,
-        logp=blank,
-        behaviour=blank,
-    )
 
     def go_on(c):
         return (c["t"] < max_new_tokens) & ~c["done"].all()
 
     def body(c):
-        logits_BN = jnp.einsum(
-            "bd,dn->bn", c["hidden"], head_DN.astype(c["hidden"].dtype),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        drawn = sample(
-            logits_BN, jax.random.fold_in(key, c["t"]), temperature_B, top_k=top_k, top_p=top_p
-        )
+        drawn = draw(c["hidden"], head_DN, jax.random.fold_in(key, c["t"]))
         token_B = jnp.where(c["done"], pad_id, drawn.token_B)
-        live_B = (~c["done"]).astype(jnp.float32)
-        put = lambda table, column: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
-            table, column[:, None], c["t"], axis=1
-        )
         done = c["done"] if eos_id is None else c["done"] | (token_B == eos_id)
         hidden, own = step(model, token_B, prompt, c["own"], c["t"])
-        return dict(
-            t=c["t"] + 1,
-            hidden=hidden,
-            own=own,
-            done=done,
-            tokens=put(c["tokens"], token_B),
-            mask=put(c["mask"], live_B),
-            logp=put(c["logp"], drawn.logp_B * live_B),
-            behaviour=put(c["behaviour"], drawn.behaviour_logp_B * live_B),
-        )
+        return _recorded(c, token_B, drawn) | dict(t=c["t"] + 1, hidden=hidden, own=own, done=done)
 
     with jax.named_scope("decode"):
         c = jax.lax.while_loop(go_on, body, start)
     return Rollout(
         prompt_PS, prompt_valid_PS, c["tokens"], c["mask"], c["logp"], c["behaviour"], c["done"]
     )
+
+
+def _start(prompt: Prompt, rows: int, length: int, pad_id: int) -> dict[str, Any]:
+    """What the decoding loop carries, before its first token; hidden predicts that token."""
+    blank_BT = jnp.zeros((rows, length), jnp.float32)
+    return dict(
+        t=jnp.int32(0),
+        hidden=jnp.repeat(prompt.hidden_PD, rows // prompt.hidden_PD.shape[0], axis=0),
+        own=empty_cache(prompt, rows, length),
+        done=jnp.zeros(rows, bool),
+        tokens=jnp.full((rows, length), pad_id, jnp.int32),
+        mask=blank_BT,
+        logp=blank_BT,
+        behaviour=blank_BT,
+    )
+
+
+def _draw(hidden_BD: jax.Array, head_DN: jax.Array, key: jax.Array, **rules: Any) -> Sample:
+    """The next token of each row; logits in float32, as in `ops.loss.token_logp`."""
+    logits_BN = jnp.einsum(
+        "bd,dn->bn", hidden_BD, head_DN.astype(hidden_BD.dtype), preferred_element_type=jnp.float32
+    )
+    return sample(logits_BN, key, **rules)
+
+
+def _recorded(c: dict[str, Any], token_B: jax.Array, drawn: Sample) -> dict[str, Any]:
+    """The carry with column t of its tables written; a row that was done before adds nothing."""
+    live_B = (~c["done"]).astype(jnp.float32)
+    columns = dict(
+        tokens=token_B,
+        mask=live_B,
+        logp=drawn.logp_B * live_B,
+        behaviour=drawn.behaviour_logp_B * live_B,
+    )
+    put = jax.lax.dynamic_update_slice_in_dim
+    return c | {name: put(c[name], x[:, None], c["t"], axis=1) for name, x in columns.items()}
 
 
 class Rows(NamedTuple):

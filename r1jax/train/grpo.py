@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GRPO step: from rollouts and raw rewards to a new state, in one compiled function."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from r1jax.config import GRPOConfig
+from r1jax.config import UpdateConfig
 from r1jax.ops.loss import token_logp
 from r1jax.rl.advantages import group_advantages, informative_groups
 from r1jax.rl.objectives import grpo_loss
@@ -37,15 +39,35 @@ def completion_logp(model, rows: dict[str, jax.Array], temperature: jax.Array | 
     return logp_BT, entropy_BT, out.stats.load
 
 
+def micro_batch_loss(
+    model, micro: dict[str, jax.Array], *, temperature: jax.Array | float, cfg: UpdateConfig
+) -> tuple[jax.Array, Metrics]:
+    """`rl.grpo_loss` of one micro-batch with its minibatch's token weights; metrics are sums."""
+    logp_BT, entropy_BT, load_LE = completion_logp(model, micro, temperature)
+    loss, sums = grpo_loss(
+        logp_BT,
+        micro["old_logp"],
+        micro["ref_logp"],
+        micro["advantage"],
+        micro["mask"],
+        clip_low=cfg.clip_low,
+        clip_high=cfg.clip_high,
+        beta=cfg.beta,
+        weight_BT=micro["weight"],
+    )
+    entropy = jnp.sum(jnp.where(micro["mask"] > 0, entropy_BT, 0.0))
+    return loss, sums | {"loss": loss, "entropy": entropy, "load": load_LE}
+
+
 def grpo_step(
     state: TrainState,
     ref_params: nnx.State,
     rollout: Rollout,
     reward_B: jax.Array,
     controls: Controls,
-    temperature: jax.Array | float,
     *,
-    cfg: GRPOConfig,
+    temperature: jax.Array | float,
+    cfg: UpdateConfig,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, Metrics]:
     """Advantages, clipped ratio, KL, gradient, clip, AdamW, router bias and metrics of one batch.
@@ -67,31 +89,21 @@ def grpo_step(
         (state, metrics): loss, kl, ratio, ratio_error, clip_fraction, entropy (nats a token),
         grad_norm, skipped, reward, dead_groups (share of groups without a signal), load [L, E].
     """
-    advantage_B = group_advantages(reward_B, group_size=cfg.group_size)
+    group_size = rollout.tokens_BT.shape[0] // rollout.prompt_PS.shape[0]
+    advantage_B = group_advantages(reward_B, group_size=group_size)
     batch = _batch(rollout, advantage_B)
     batch["ref_logp"] = _reference_logp(state.model(ref_params), batch, temperature, cfg)
     shape = (cfg.minibatches, cfg.micro_batches)
     batch = jax.tree.map(lambda x: _interleave(x, *shape), batch)
 
     def one_update(state, minibatch):
-        weight = token_weights_sequence_mean(minibatch["mask"].reshape(-1, minibatch["mask"].shape[-1]))
+        weight = token_weights_sequence_mean(
+            minibatch["mask"].reshape(-1, minibatch["mask"].shape[-1])
+        )
         minibatch = minibatch | {"weight": weight.reshape(minibatch["mask"].shape)}
 
         def loss_fn(params, micro):
-            logp_BT, entropy_BT, load_LE = completion_logp(state.model(params), micro, temperature)
-            loss, sums = grpo_loss(
-                logp_BT,
-                micro["old_logp"],
-                micro["ref_logp"],
-                micro["advantage"],
-                micro["mask"],
-                clip_low=cfg.clip_low,
-                clip_high=cfg.clip_high,
-                beta=cfg.beta,
-                weight_BT=micro["weight"],
-            )
-            entropy = jnp.sum(jnp.where(micro["mask"] > 0, entropy_BT, 0.0))
-            return loss, sums | {"loss": loss, "entropy": entropy, "load": load_LE}
+            return micro_batch_loss(state.model(params), micro, temperature=temperature, cfg=cfg)
 
         grads, sums = accumulate(loss_fn, state.params, minibatch)
         state, report = update(state, grads, sums["load"], controls, optimizer)
@@ -101,7 +113,7 @@ def grpo_step(
         return jax.lax.scan(one_update, state, batch)
 
     state, sums = jax.lax.scan(one_epoch, state, None, length=cfg.epochs)
-    live_P = informative_groups(reward_B, group_size=cfg.group_size)
+    live_P = informative_groups(reward_B, group_size=group_size)
     return state, _report(sums) | {
         "reward": jnp.nanmean(reward_B),
         "dead_groups": 1.0 - live_P.astype(jnp.float32).mean(),
@@ -121,7 +133,7 @@ def _batch(rollout: Rollout, advantage_B: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def _reference_logp(model, batch, temperature, cfg: GRPOConfig) -> jax.Array:
+def _reference_logp(model, batch, temperature, cfg: UpdateConfig) -> jax.Array:
     """[B, T] log-probabilities under the reference, micro-batch by micro-batch."""
     n = cfg.minibatches * cfg.micro_batches
     pieces = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
@@ -153,13 +165,7 @@ def _report(sums: Metrics) -> Metrics:
     }
 
 
-def compile_grpo(cfg: GRPOConfig, optimizer: optax.GradientTransformation):
-    """`grpo_step` jitted, its state donated."""
-
-    def step(state, ref_params, rollout, reward_B, controls, temperature):
-        return grpo_step(
-            state, ref_params, rollout, reward_B, controls, temperature,
-            cfg=cfg, optimizer=optimizer,
-        )  # fmt: skip
-
-    return jax.jit(step, donate_argnums=0)
+@functools.cache
+def compile_grpo(cfg: UpdateConfig, optimizer: optax.GradientTransformation):
+    """`grpo_step` jitted, its state donated; `temperature` is a keyword of the call."""
+    return jax.jit(functools.partial(grpo_step, cfg=cfg, optimizer=optimizer), donate_argnums=0)

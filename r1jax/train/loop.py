@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop every stage shares: resume, step, log, checkpoint; nothing is lost to an interruption."""
+"""The loop of every stage: resume, step, log, checkpoint; nothing is lost to an interruption."""
 
 import contextlib
 import dataclasses
@@ -37,13 +37,11 @@ class Run:
 def plain(tree: Any) -> Any:
     """A tree in which every `nnx.State` is a pure dict: what is written to disk."""
     is_state = lambda x: isinstance(x, nnx.State)  # noqa: E731
-    return jax.tree.map(
-        lambda x: nnx.to_pure_dict(x) if is_state(x) else x, tree, is_leaf=is_state
-    )
+    return jax.tree.map(lambda x: nnx.to_pure_dict(x) if is_state(x) else x, tree, is_leaf=is_state)
 
 
 def saved_form(carry: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a carry goes into a checkpoint: a state becomes its fields, without the static one."""
+    """What of a carry goes into a checkpoint: a state becomes its fields but the static one."""
 
     def one(value):
         if dataclasses.is_dataclass(value):

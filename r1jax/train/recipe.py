@@ -22,14 +22,16 @@ from r1jax.config import (
     to_config_dict,
 )
 from r1jax.data import corpus
+from r1jax.data.tasks import Problem
 from r1jax.data.tokenizer import task_tokenizer
 from r1jax.eval.heldout import evaluate
-from r1jax.eval.report import write_report
-from r1jax.eval.summary import write_summary
+from r1jax.eval.report import write_picture, write_report
+from r1jax.eval.summary import read_summary, with_provenance, write_summary
 from r1jax.io import jsonl, metrics, outdir
 from r1jax.nn.dense import DenseTransformer
 from r1jax.nn.transformer import Transformer
 from r1jax.train import stages
+from r1jax.train.failure import StageFailed
 from r1jax.train.loop import Run, finish, finished, load
 from r1jax.train.progress import Progress, Silent
 from r1jax.train.sampler import Sampler
@@ -48,7 +50,8 @@ def run(
 
     Args:
         cfg: the whole recipe.
-        out: folder of the run; a half-done run of the same config goes on where it stopped.
+        out: folder of the run; a half-done run of the same config goes on where it stopped, and
+            of a finished one the summary is read.
         display: is told what happens.
         force: start anew.
 
@@ -57,10 +60,12 @@ def run(
 
     Raises:
         ValueError: the folder belongs to something else, or the config cannot be run.
+        StageFailed: a stage has nothing to start from; the message names the field to change.
         KeyboardInterrupt: after saving.
     """
     recipe = Recipe(cfg, Path(out), display or Silent())
-    outdir.claim(out, recipe.run.config, force=force)
+    if outdir.claim(out, recipe.run.config, force=force) == "finished":
+        return read_summary(out)
     return recipe.all_stages()
 
 
@@ -74,11 +79,10 @@ class Recipe:
         check_vocabulary(cfg, tokenizer.vocab_size)
         self.words = Words(cfg.tasks, tokenizer, stages.template_of(cfg.tasks))
         self.sampler = Sampler(cfg.sampling, tokenizer, self.words.template)
-        self.heldout = self.words.problems(
-            cfg.evaluation.problems, cfg.seed, "heldout", unique=True
-        )
-        # A prompt that does not fit is refused here, before anything is trained.
+        self.heldout = heldout(cfg, self.words)
+        # A prompt that does not fit is refused here, before anything is trained or written.
         self.sampler.prompts(self.heldout)
+        self.sampler.prompts(self.words.problems(256, cfg.seed, "train"))
         self.records: list[dict[str, Any]] = []
 
     def seed(self, stage: str) -> int:
@@ -171,7 +175,9 @@ class Recipe:
         )
         return self._supervised("cold_start", state, packed, cfg, self.cfg.model)
 
-    def reinforce(self, stage: str, cfg: GRPOConfig, reward_fn: stages.RewardFn | None = None) -> Go:
+    def reinforce(
+        self, stage: str, cfg: GRPOConfig, reward_fn: stages.RewardFn | None = None
+    ) -> Go:
         """GRPO from the state given."""
 
         def go(state: TrainState):
@@ -179,9 +185,9 @@ class Recipe:
                 self.run,
                 stage,
                 state,
-                self.words,
                 cfg,
                 self.sampler,
+                words=self.words,
                 bias_speed=self.cfg.model.moe.bias_update_speed,
                 seed=self.seed(stage),
                 reward_fn=reward_fn,
@@ -218,19 +224,21 @@ class Recipe:
                     self.run,
                     f"{name}: rejection sampling",
                     state,
-                    self.words,
                     cfg,
                     self.sampler,
+                    words=self.words,
                     batch=(rl.prompts, rl.group_size),
                     seed=self.seed("sft_2" if name == "sft_2" else "student_qwen2"),
                 )
+                if not rows:
+                    raise StageFailed(nothing_kept(name, cfg))
                 jsonl.write(path, rows)
             return jsonl.read(path)
 
         return get
 
     def leave_behind(self) -> dict[str, Any]:
-        """Writes summary.json, samples.json and the report."""
+        """Writes samples, report, picture and, last, the summary: it marks the run finished."""
         out, by_name = self.run.out, {r["name"]: r for r in self.records}
         before, after = by_name["cold_start"]["answers"], by_name["rl_2"]["answers"]
         samples = [
@@ -243,17 +251,43 @@ class Recipe:
             }
             for b, a in zip(before, after, strict=True)
         ]
-        rows = [{k: v for k, v in r.items() if k != "answers"} for r in self.records]
-        summary = {"stages": rows, "seed": self.cfg.seed, "config": self.run.config}
+        records = [{k: v for k, v in r.items() if k != "answers"} for r in self.records]
+        summary = with_provenance(
+            {"stages": records, "seed": self.cfg.seed, "config": self.run.config}
+        )
+        rows = metrics.read(out / "metrics.jsonl")
         outdir.write_json(out / "samples.json", samples)
-        summary = write_summary(out, summary)
-        write_report(out, summary, metrics.read(out / "metrics.jsonl"), samples)
-        return summary
+        write_report(out, summary, rows, samples)
+        write_picture(out / "curves.png", summary, rows)
+        return write_summary(out, summary)
 
     def _supervised(self, stage, state, packed, cfg: SFTConfig, model):
-        seed = self.seed(stage)
-        state, seconds = stages.supervised(self.run, stage, state, packed, cfg, model, seed=seed)
+        state, seconds = stages.supervised(
+            self.run, stage, state, packed, cfg, model=model, seed=self.seed(stage)
+        )
         return state, cfg.steps, seconds
+
+
+def heldout(cfg: RecipeConfig, words: Words) -> list[Problem]:
+    """The problems that every stage is measured on.
+
+    Raises:
+        ValueError: the tasks do not have as many.
+    """
+    try:
+        return words.problems(cfg.evaluation.problems, cfg.seed, "heldout", unique=True)
+    except ValueError as error:
+        raise ValueError(f"evaluation.problems={cfg.evaluation.problems}: {error}") from error
+
+
+def nothing_kept(name: str, cfg: RejectionConfig) -> str:
+    """Why a stage cannot be trained on rejection-sampled traces, and what to change."""
+    field, teacher = {"sft_2": ("rejection", "rl_1"), "distill": ("distill_data", "rl_2")}[name]
+    return (
+        f"{name}: rejection sampling kept nothing: no right and well-formed completion of "
+        f"{cfg.problems} problems; raise {teacher}.steps, {field}.problems or {field}.samples and "
+        "start anew with --force or another --out"
+    )
 
 
 def check_vocabulary(cfg: RecipeConfig, size: int) -> None:

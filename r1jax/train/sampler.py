@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling completions of problems: the compiled rollout and the text around it."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,34 +26,38 @@ class Completions(NamedTuple):
     tokens_B: np.ndarray
 
 
+@functools.cache
+def compile_rollout(cfg: SamplingConfig, eos_id: int, pad_id: int):
+    """`rl.rollout` of a state, jitted: (state, prompt_PS, valid_PS, noise, temperature_B)."""
+
+    def run(state: TrainState, prompt_PS, valid_PS, noise, temperature_B) -> Rollout:
+        key = jax.random.fold_in(jax.random.key(noise[0]), noise[1])
+        return rollout(
+            state.model(),
+            prompt_PS,
+            valid_PS,
+            key,
+            temperature_B,
+            max_new_tokens=cfg.max_new_tokens,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+        )
+
+    return jax.jit(run)
+
+
 class Sampler:
     """Draws completions from any state of one architecture; one compilation a batch shape."""
 
     def __init__(self, cfg: SamplingConfig, tokenizer: TaskTokenizer, template: Template):
         self.cfg, self.tokenizer, self.template = cfg, tokenizer, template
-
-        def run(state: TrainState, prompt_PS, valid_PS, noise, temperature_B):
-            key = jax.random.fold_in(jax.random.key(noise[0]), noise[1])
-            return rollout(
-                state.model(),
-                prompt_PS,
-                valid_PS,
-                key,
-                temperature_B,
-                max_new_tokens=cfg.max_new_tokens,
-                eos_id=tokenizer.eos_id,
-                pad_id=tokenizer.pad_id,
-                top_k=cfg.top_k,
-                top_p=cfg.top_p,
-            )
-
-        self.run = jax.jit(run)
+        self.run = compile_rollout(cfg, tokenizer.eos_id, tokenizer.pad_id)
 
     def prompts(self, problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarray]:
         """Left-padded prompts [P, S] and their validity; ValueError if one does not fit."""
-        return prompt_batch(
-            problems, self.tokenizer, self.template, length=self.cfg.prompt_length
-        )
+        return prompt_batch(problems, self.tokenizer, self.template, length=self.cfg.prompt_length)
 
     def __call__(
         self,

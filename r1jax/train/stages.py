@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of the recipe: supervised training, GRPO, rejection sampling, each a function of a state."""
+"""The stages of the recipe as functions of a state: supervised, GRPO, rejection sampling."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,14 @@ import jax
 import numpy as np
 
 from r1jax import optim
-from r1jax.config import DenseConfig, GRPOConfig, ModelConfig, RejectionConfig, SFTConfig, TaskConfig
+from r1jax.config import (
+    DenseConfig,
+    GRPOConfig,
+    ModelConfig,
+    RejectionConfig,
+    SFTConfig,
+    TaskConfig,
+)
 from r1jax.data import corpus
 from r1jax.data.packing import Packed, example, pack
 from r1jax.data.tasks import Problem
@@ -21,7 +28,6 @@ from r1jax.train.loop import Run, run_stage
 from r1jax.train.sampler import Sampler
 from r1jax.train.state import Controls, TrainState, restart
 from r1jax.train.supervised import compile_supervised, micro_batched
-
 
 RewardFn = Callable[[Sequence[Problem], Sequence[str]], np.ndarray]
 
@@ -55,7 +61,7 @@ def template_of(cfg: TaskConfig) -> Template:
 
 
 def load_row(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Loads as shares of a layer's tokens: what the expert picture shows. Nothing for dense models."""
+    """Loads as shares of a layer's tokens, for the expert picture. Nothing for dense models."""
     load_LE = np.asarray(metrics["load"])
     if not load_LE.size:
         return {}
@@ -69,8 +75,8 @@ def supervised(
     state: TrainState,
     packed: Packed,
     cfg: SFTConfig,
-    model: ModelConfig | DenseConfig,
     *,
+    model: ModelConfig | DenseConfig,
     seed: int,
     log_every: int = 10,
 ) -> tuple[TrainState, float]:
@@ -102,10 +108,10 @@ def grpo(
     run: Run,
     stage: str,
     state: TrainState,
-    words: Words,
     cfg: GRPOConfig,
     sampler: Sampler,
     *,
+    words: Words,
     bias_speed: float,
     seed: int,
     reward_fn: RewardFn | None = None,
@@ -119,7 +125,7 @@ def grpo(
         (state, seconds).
     """
     optimizer = optim.adamw(cfg.optim)
-    step_jit = compile_grpo(cfg, optimizer)
+    step_jit = compile_grpo(cfg.update, optimizer)
     temperatures = [sampler.cfg.temperature] * cfg.group_size
 
     def step_fn(step, carry):
@@ -136,7 +142,7 @@ def grpo(
         )
         new, metrics = step_jit(
             carry["state"], carry["reference"], done.rollout, reward_B, controls,
-            np.float32(sampler.cfg.temperature),
+            temperature=np.float32(sampler.cfg.temperature),
         )  # fmt: skip
         renew = cfg.reference_every and (step + 1) % cfg.reference_every == 0
         reference = jax.tree.map(lambda x: x.copy(), new.params) if renew else carry["reference"]
@@ -163,14 +169,14 @@ def rejection_sample(
     run: Run,
     name: str,
     state: TrainState,
-    words: Words,
     cfg: RejectionConfig,
     sampler: Sampler,
     *,
+    words: Words,
     batch: tuple[int, int],
     seed: int,
 ) -> list[dict[str, str]]:
-    """Samples train problems and keeps up to `cfg.keep` distinct correct, well-formed traces of each.
+    """Samples train problems, keeps up to `cfg.keep` distinct right, well-formed traces of each.
 
     Args:
         batch: prompts and samples of a call of the sampler, as in RL: nothing is compiled anew.
@@ -207,9 +213,7 @@ def rejection_sample(
     return kept
 
 
-def pack_traces(
-    traces: Sequence[dict[str, str]], words: Words, *, length: int
-) -> Packed:
+def pack_traces(traces: Sequence[dict[str, str]], words: Words, *, length: int) -> Packed:
     """Kept traces as packed rows in which only the completions are learnt."""
     encode = words.tokenizer.encode
     examples = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`TrainState`: one tree that trains, rolls out and is saved; and the update that all trainers share."""
+"""`TrainState`: one tree that trains, rolls out and is saved; and the update trainers share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -108,7 +108,7 @@ def update(
         load_LE: [L, E] expert loads over the whole batch, in the order of the router biases:
             the layers of the stack, then the MTP module if it ran.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm)
     safe = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
     updates, opt = optimizer.update(safe, state.opt, state.params)
@@ -128,7 +128,7 @@ def update(
 
 
 def balance(router: nnx.State, load_LE: jax.Array, speed: jax.Array | float) -> nnx.State:
-    """`ops.routing.balance_bias` on every router bias; rows of `load_LE` are taken in tree order."""
+    """`ops.routing.balance_bias` on every router bias; rows of `load_LE` go in tree order."""
     leaves, treedef = jax.tree.flatten(router)
     moved, start = [], 0
     for bias in leaves:

@@ -4,6 +4,8 @@
 Pre-training, cold-start SFT and distillation all run it; they differ in data and loss mask only.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,12 +104,11 @@ def supervised_step(
     return state, metrics
 
 
+@functools.cache
 def compile_supervised(optimizer: optax.GradientTransformation, *, mtp_weight: float):
-    """`supervised_step` jitted, its state donated."""
+    """`supervised_step` jitted, its state donated: one compilation for all stages of a model."""
 
     def step(state, batch, controls):
-        return supervised_step(
-            state, batch, controls, optimizer=optimizer, mtp_weight=mtp_weight
-        )
+        return supervised_step(state, batch, controls, optimizer=optimizer, mtp_weight=mtp_weight)
 
     return jax.jit(step, donate_argnums=0)

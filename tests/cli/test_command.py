@@ -110,6 +110,13 @@ def test_a_finished_run_is_shown_not_repeated(recipe, capsys):
     assert [force for _, _, force in recipe.calls] == [False, True]
 
 
+def test_a_damaged_summary_is_said(recipe, capsys):
+    assert main(["quickstart"]) == 0
+    capsys.readouterr()
+    Path("runs/quickstart/summary.json").write_text("{")
+    assert "summary.json is damaged" in one_error_line(capsys, main(["quickstart"]))
+
+
 def test_an_interrupted_run_says_so_and_resumes(recipe, capsys):
     recipe.error = KeyboardInterrupt()
     assert main(["quickstart"]) == 130

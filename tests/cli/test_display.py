@@ -55,8 +55,8 @@ def test_plain_lines_are_few_and_tell_where_it_is():
     act(PlainDisplay(out, interval=2.0, clock=clock), clock)
     assert out.getvalue().splitlines() == [
         "[00:00] pretrain: 3 steps",
-        "[00:03] pretrain 2/3  loss 0.5  lr 0.001",
-        "[00:04] pretrain 3/3  loss 0.333  lr 0.001",
+        "[00:03] pretrain 2/3  loss 0.5",
+        "[00:04] pretrain 3/3  loss 0.333",
         "[00:04] pass@1 12.0 % [not markup]",
         "[00:04] rl_1",
     ]
@@ -103,7 +103,9 @@ def test_warnings_of_the_library_are_shown():
 
 
 def test_numbers_are_short():
-    assert shown({"reward": 0.51234, "kl": 1e-5, "n": 12}) == "reward 0.512  kl 1e-05  n 12"
+    assert shown({"a": 1.0, "kl": 1e-5, "reward": 0.51234}) == "reward 0.512  kl 1e-05"
+    assert shown({"b": 12, "a": 0.123456}) == "b 12  a 0.123"
+    assert shown({}) == ""
     assert len(shown({f"k{i}": i for i in range(20)}).split("  ")) == 5
 
 

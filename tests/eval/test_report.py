@@ -135,22 +135,20 @@ ATTACKS = [
 ]
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_what_a_model_or_a_file_says_stays_text(tmp_path, attack):
-    sample = {"question": attack, "before": attack, "after": attack, "after_correct": None}
-    stages = [make_stage(attack, 10, 0.5)]
+def test_what_a_model_or_a_file_says_stays_text(tmp_path):
+    samples = [{"question": a, "before": a, "after": a, "after_correct": None} for a in ATTACKS]
     summary = {
-        "stages": stages,
-        "seed": attack,
-        "versions": {attack: attack},
-        "host": {"x": attack},
+        "stages": [make_stage(a, 10, 0.5) for a in ATTACKS],
+        "seed": ATTACKS[0],
+        "versions": {a: a for a in ATTACKS},
     }
-    metrics = [{"stage": attack, "step": i, "reward": 0.5, "loss": 1.0} for i in (1, 2)]
-    metrics += [{"stage": f"{attack}2", "step": i, "reward": 0.5} for i in (1, 2)]
-    checker = check(write_report(tmp_path, summary, metrics, [sample]))
+    metrics = [{"stage": a, "step": i, "reward": 0.5} for a in ATTACKS[:3] for i in (1, 2)]
+    metrics += [{"stage": a, "step": i, "loss": 0.5} for a in ATTACKS[3:] for i in (1, 2)]
+    checker = check(write_report(tmp_path, summary, metrics, samples))
     assert "img" not in checker.tags
-    if attack in ATTACKS[:4]:
-        assert sum(attack in text for text in checker.text) >= 5, "shown as it was said"
+    text = "".join(checker.text)
+    for attack in ATTACKS[:5]:  # question, two answers, stage, version: shown as it was said
+        assert text.count(attack) >= 5
 
 
 @pytest.mark.parametrize(
@@ -160,17 +158,21 @@ def test_what_a_model_or_a_file_says_stays_text(tmp_path, attack):
         ({"stages": []}, [{}], [{}]),
         ({"stages": [{}]}, [{"stage": "a"}], [{"question": None}]),
         ({"stages": [{"name": "rl_1"}]}, [{"stage": "rl_1", "reward": None}], []),
-        (SUMMARY, [{"stage": "rl_1", "step": 1, "reward": 0.5}], []),
-        (SUMMARY, [{"stage": "rl_1", "step": 1, "reward": math.nan, "kl": math.inf}], []),
-        (SUMMARY, [{"stage": "sft", "step": 1, "loss": 0.5, "expert_load": []}], []),
-        (SUMMARY, [{"stage": "sft", "step": 1, "expert_load": [[0, 0]]}], []),
-        (SUMMARY, [{"stage": "sft", "step": 1, "expert_load": math.nan}], []),
+        ({}, [{"stage": "rl_1", "step": 1, "reward": math.nan, "kl": 0.1, "accuracy": 1}], []),
+        ({}, [{"stage": "sft", "step": 1, "loss": math.inf, "expert_load": []}], []),
+        ({}, [{"stage": "sft", "step": 1, "expert_load": [[0, 0]]}], []),
+        ({}, [{"stage": "sft", "step": 1, "expert_load": math.nan}], []),
         ({"stages": [make_stage("a", None, math.nan)]}, [], []),
     ],
 )
 def test_missing_parts_do_not_matter(tmp_path, summary, metrics, samples):
     check(write_report(tmp_path, summary, metrics, samples))
-    assert write_picture(tmp_path / "p.png", summary, metrics).read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("summary", [{}, {"stages": [{}, STAGES[0]]}])
+def test_a_picture_of_little(tmp_path, summary):
+    path = write_picture(tmp_path / "p.png", summary, [{"stage": "rl_1", "reward": None}])
+    assert path.read_bytes()[1:4] == b"PNG"
 
 
 def test_headlines():

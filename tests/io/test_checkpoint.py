@@ -255,7 +255,7 @@ def save_until_killed(path, after_seconds):
         run.send_signal(signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_kill_9_leaves_a_whole_checkpoint(tmp_path, kills):
     """Killed while it saves without pause: the latest is whole and says which step it is."""
     for kill in range(kills):

@@ -39,6 +39,7 @@ NAME = "arithmetic"
 _SLIPS = (-10, -2, -1, 1, 2, 10)
 
 Step = tuple[int, str, int, int]
+_FALSE = 0.25  # share of pre-training chains with a slip: more of them hides the facts
 
 
 def sample(
@@ -86,14 +87,14 @@ def pretrain_text(
     split: str = "train",
     difficulty: Difficulty = DEFAULT_DIFFICULTY,
 ) -> str:
-    """A true fact, a checked try (half of them right), or a chain and its answer."""
+    """A true fact, a checked try (a quarter of them with a slip), or a chain and its answer."""
     problem = sample(rng, split=split, difficulty=difficulty)
     kind = rng.random()
     steps = _steps(problem.given)
     if kind < 0.3:
         facts = steps + _undo(steps)
         return write_steps([facts[rng.integers(len(facts))]])
-    candidate = None if rng.random() < 0.5 else _wrong(rng, problem, set())
+    candidate = _wrong(rng, problem, set()) if rng.random() < _FALSE else None
     candidate = _candidate(problem, steps) if candidate is None else candidate
     if kind < 0.85:
         return write_attempt(problem.question, candidate)

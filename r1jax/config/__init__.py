@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schema: one tree of frozen dataclasses, each checked where its fields are.
+
+Only programs (`r1jax.train`, `r1jax.eval`) see the whole; a module is given its own small
+sub-config and an op is given scalars.
+"""
+
+from r1jax.config.model import DenseConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from r1jax.config.presets import laptop_model, laptop_student, quickstart
+from r1jax.config.recipe import EvalConfig, RecipeConfig, RejectionConfig, StudentsConfig
+from r1jax.config.tasks import LARGEST_INTEGER, Difficulty, TaskConfig, TraceMix
+from r1jax.config.training import GRPOConfig, OptimConfig, SamplingConfig, SFTConfig, UpdateConfig
+from r1jax.config.tree import from_config_dict, to_config_dict
+
+__all__ = [
+    "LARGEST_INTEGER",
+    "DenseConfig",
+    "Difficulty",
+    "EvalConfig",
+    "GRPOConfig",
+    "MLAConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RecipeConfig",
+    "RejectionConfig",
+    "RopeConfig",
+    "SFTConfig",
+    "SamplingConfig",
+    "StudentsConfig",
+    "TaskConfig",
+    "TraceMix",
+    "UpdateConfig",
+    "from_config_dict",
+    "laptop_model",
+    "laptop_student",
+    "quickstart",
+    "to_config_dict",
+]

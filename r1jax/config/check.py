@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks that the dataclasses share: each raises ValueError with the field's name."""
+
+from typing import Any
+
+
+def positive(owner: Any, *names: str) -> None:
+    """Every named field of `owner` is greater than 0."""
+    for name in names:
+        value = getattr(owner, name)
+        if value <= 0:
+            raise ValueError(f"{type(owner).__name__}.{name} must be positive, got {value}")
+
+
+def fraction(owner: Any, *names: str) -> None:
+    """Every named field of `owner` lies in 0..1."""
+    for name in names:
+        value = getattr(owner, name)
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{type(owner).__name__}.{name} must lie in [0, 1], got {value}")
+
+
+def activations(name: str, path: str) -> None:
+    """`name` is a dtype that activations may have; `path` is the field that holds it."""
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"{path} must be 'float32' or 'bfloat16', got {name!r}")
+
+
+def divides(whole: int, whole_name: str, part: int, part_name: str) -> None:
+    """`whole` is a multiple of `part`."""
+    if whole % part:
+        raise ValueError(f"{whole_name}={whole} must be divisible by {part_name}={part}")

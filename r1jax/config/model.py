@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Architectures: the DeepSeek-V3 decoder and the dense students."""
+
+from dataclasses import dataclass, field
+
+from r1jax.config.check import activations, positive
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding; YaRN (arXiv 2309.00071) is on when `factor` > 1."""
+
+    theta: float = 10_000.0
+    factor: float = 1.0
+    original_max_position: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self):
+        positive(self, "theta", "original_max_position")
+        if self.factor < 1.0:
+            raise ValueError(f"model.rope.factor must be >= 1 (1 = no YaRN), got {self.factor}")
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V3, section 2.1.1). `q_lora_rank=None`: full query."""
+
+    num_heads: int = 128
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+
+    def __post_init__(self):
+        positive(self, "num_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+        if self.q_lora_rank is not None:
+            positive(self, "q_lora_rank")
+        if self.qk_rope_head_dim <= 0 or self.qk_rope_head_dim % 2:
+            raise ValueError(
+                f"model.mla.qk_rope_head_dim must be positive and even (rotary pairs), "
+                f"got {self.qk_rope_head_dim}"
+            )
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """DeepSeekMoE with auxiliary-loss-free balancing (DeepSeek-V3, section 2.1.2)."""
+
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    routed_scaling_factor: float = 2.5
+    moe_intermediate_size: int = 2048
+    bias_update_speed: float = 0.001  # γ
+    balance_loss_alpha: float = 0.0001  # α of the sequence-wise balance loss
+
+    def __post_init__(self):
+        positive(self, "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
+        positive(self, "moe_intermediate_size")
+        if self.n_shared_experts < 0:
+            raise ValueError(f"model.moe.n_shared_experts must be >= 0: {self.n_shared_experts}")
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(
+                f"model.moe.n_routed_experts={self.n_routed_experts} must be divisible by "
+                f"model.moe.n_group={self.n_group}; change one of them"
+            )
+        if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
+            raise ValueError(
+                f"a group needs two experts to be scored: model.moe.n_routed_experts="
+                f"{self.n_routed_experts} over model.moe.n_group={self.n_group} leaves one; "
+                "lower model.moe.n_group"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(
+                f"model.moe.topk_group={self.topk_group} exceeds model.moe.n_group="
+                f"{self.n_group}; lower model.moe.topk_group"
+            )
+        reachable = self.n_routed_experts // self.n_group * self.topk_group
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"model.moe.num_experts_per_tok={self.num_experts_per_tok} exceeds the {reachable} "
+                "experts of the kept groups; raise model.moe.topk_group or lower it"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A DeepSeek-V3-shaped decoder. The default is the 671B of the paper (section 4.2)."""
+
+    vocab_size: int = 129_280
+    num_layers: int = 61
+    first_k_dense: int = 3
+    hidden_size: int = 7168
+    intermediate_size: int = 18_432
+    max_position: int = 163_840
+    rms_norm_eps: float = 1e-6
+    init_std: float = 0.006
+    mtp_depth: int = 1
+    dtype: str = "bfloat16"  # of activations; parameters are float32
+    remat: bool = True
+    rope: RopeConfig = field(default_factory=lambda: RopeConfig(factor=40.0))
+    mla: MLAConfig = field(default_factory=MLAConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    def __post_init__(self):
+        positive(self, "vocab_size", "num_layers", "hidden_size", "intermediate_size")
+        positive(self, "max_position", "init_std")
+        activations(self.dtype, "model.dtype")
+        if not 0 <= self.first_k_dense < self.num_layers:
+            raise ValueError(
+                f"model.first_k_dense={self.first_k_dense} must be in [0, model.num_layers="
+                f"{self.num_layers}): a DeepSeek model ends in mixture-of-experts layers"
+            )
+        if self.mtp_depth not in (0, 1):
+            raise ValueError(f"model.mtp_depth must be 0 or 1 (as released), got {self.mtp_depth}")
+
+
+@dataclass(frozen=True)
+class DenseConfig:
+    """A dense student: Qwen2-shaped (`qkv_bias=True`) or Llama-shaped (`qkv_bias=False`)."""
+
+    vocab_size: int = 151_936
+    num_layers: int = 28
+    hidden_size: int = 1536
+    intermediate_size: int = 8960
+    num_heads: int = 12
+    num_kv_heads: int = 2
+    head_dim: int = 128
+    qkv_bias: bool = True
+    tie_embeddings: bool = True
+    max_position: int = 131_072
+    rms_norm_eps: float = 1e-6
+    init_std: float = 0.02
+    dtype: str = "bfloat16"
+    remat: bool = True
+    rope: RopeConfig = field(default_factory=lambda: RopeConfig(theta=1e6))
+
+    def __post_init__(self):
+        positive(self, "vocab_size", "num_layers", "hidden_size", "intermediate_size")
+        positive(self, "num_heads", "num_kv_heads", "head_dim", "max_position", "init_std")
+        activations(self.dtype, "dtype")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must be divisible by num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (rotary halves), got {self.head_dim}")

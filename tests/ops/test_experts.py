@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three implementations of the routed experts and a loop: one result, and no token dropped."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r1jax.ops.experts import TILE, choose, experts, tile_slots
+
+# Sums of up to 24 float32 products of order 1, scatter-added in another order.
+FLOAT32 = 5e-5
+# bfloat16 keeps 8 bits; three roundings in a row on numbers up to the largest output.
+BFLOAT16 = 4e-2
+IMPLEMENTATIONS = ["ragged", "tiled", "dense"]
+D, F = 3, 4
+
+
+# Assignments [T, K]; those of one shape share a compilation. T is no multiple of TILE.
+CASES = {
+    "spread": lambda rng: np.stack([rng.permutation(5)[:2] for _ in range(TILE + 3)]),
+    "all_to_two": lambda rng: np.tile([4, 1], (TILE + 3, 1)),
+    "one_left_out": lambda rng: np.stack([rng.permutation(4)[:2] for _ in range(TILE + 3)]) + 1,
+    "one_token": lambda rng: np.array([[3, 0]]),
+}
+
+
+def arguments(case, n_experts=5):
+    rng = np.random.default_rng(sorted(CASES).index(case))
+    index = CASES[case](rng).astype(np.int32)
+    t, k = index.shape
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    e = n_experts
+    return draw(t, D), index, draw(t, k), (draw(e, D, F), draw(e, D, F), draw(e, F, D))
+
+
+def by_loop(x, index, weight, weights):
+    x, weight, *w = (np.asarray(a, np.float64) for a in (x, weight, *weights))
+    y = np.zeros_like(x)
+    for t, k in np.ndindex(index.shape):
+        gate, up, down = (m[index[t, k]] for m in w)
+        g = x[t] @ gate
+        y[t] += weight[t, k] * ((g / (1 + np.exp(-g)) * (x[t] @ up)) @ down)
+    return y
+
+
+def by_einsum(x, index, weight, weights):
+    """The loop in jnp, for its gradients: every expert on every token, then a gather."""
+    gate, up, down = weights
+    h = jax.nn.silu(jnp.einsum("td,edf->tef", x, gate)) * jnp.einsum("td,edf->tef", x, up)
+    every_TED = jnp.einsum("tef,efd->ted", h, down)
+    return (jnp.take_along_axis(every_TED, index[..., None], axis=1) * weight[..., None]).sum(1)
+
+
+@jax.jit
+def values_and_gradients(x, index, weight, weights, cotangent):
+    """(value, gradients) of the reference and of each implementation."""
+
+    def one(f):
+        out, back = jax.vjp(lambda x, weight, w: f(x, index, weight, w), x, weight, weights)
+        return out, back(cotangent)
+
+    return {"reference": one(by_einsum)} | {
+        name: one(functools.partial(experts, implementation=name)) for name in IMPLEMENTATIONS
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_are_the_loop(case):
+    x, index, weight, weights = arguments(case)
+    cotangent = np.random.default_rng(9).normal(size=x.shape).astype(np.float32)
+    found = values_and_gradients(x, index, weight, weights, cotangent)
+    expected = by_loop(x, index, weight, weights)
+    gradients = jax.tree.leaves(found["reference"][1])
+    for name, (out, grads) in found.items():
+        np.testing.assert_allclose(out, expected, rtol=FLOAT32, atol=FLOAT32, err_msg=name)
+        for a, b in zip(jax.tree.leaves(grads), gradients, strict=True):
+            np.testing.assert_allclose(a, b, rtol=FLOAT32, atol=FLOAT32, err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_dtype_follows_the_tokens(implementation):
+    x, index, weight, weights = arguments("spread")
+    run = jax.jit(functools.partial(experts, implementation=implementation))
+    out = run(jnp.asarray(x, jnp.bfloat16), index, weight, weights)
+    assert out.dtype == jnp.bfloat16
+    expected = by_loop(x, index, weight, weights)
+    np.testing.assert_allclose(
+        out.astype(jnp.float32), expected, atol=BFLOAT16 * np.abs(expected).max()
+    )
+
+
+def test_choice_of_implementation():
+    assert choose(2048, 2, 16, "tpu") == choose(1, 8, 256, "gpu") == "ragged"
+    assert choose(4096, 2, 8, "cpu") == "dense"  # few experts a choice
+    assert choose(1, 8, 256, "cpu") == "dense"  # decoding: tiles would be empty
+    assert choose(4096, 8, 256, "cpu") == "tiled"
+
+
+def test_unknown_implementation():
+    with pytest.raises(ValueError, match="implementation='fast'"):
+        experts(*arguments("one_token"), implementation="fast")
+
+
+slots_jit = jax.jit(tile_slots)
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 2**16),
+    rows=st.sampled_from([1, TILE + 1, 3 * TILE]),
+    spread=st.sampled_from([0.05, 1.0]),
+)
+def test_tile_slots(seed, rows, spread):
+    """Every row has a slot of its own, in a tile of its own expert, inside the buffer."""
+    n_experts, rng = 6, np.random.default_rng(seed)
+    share = rng.dirichlet(np.full(n_experts, spread))  # a small spread leaves experts empty
+    expert = np.sort(rng.choice(n_experts, rows, p=share)).astype(np.int32)
+    sizes = np.bincount(expert, minlength=n_experts).astype(np.int32)
+    slot, of_tile = (np.asarray(a) for a in slots_jit(expert, sizes))
+    assert len(set(slot.tolist())) == rows
+    assert slot.min() >= 0
+    assert slot.max() < len(of_tile) * TILE
+    np.testing.assert_array_equal(of_tile[slot // TILE], expert)
+    assert of_tile.min() >= 0
+    assert of_tile.max() < n_experts
