@@ -3,7 +3,7 @@
 
 from r1jax.config.model import DenseConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from r1jax.config.recipe import EvalConfig, RecipeConfig, RejectionConfig, StudentsConfig
-from r1jax.config.tasks import Difficulty, TaskConfig
+from r1jax.config.tasks import Difficulty, TaskConfig, TraceMix
 from r1jax.config.training import GRPOConfig, OptimConfig, SamplingConfig, SFTConfig
 
 
@@ -82,25 +82,27 @@ def quickstart() -> RecipeConfig:
 
     return RecipeConfig(
         tasks=TaskConfig(
+            names=("arithmetic",),
+            weights=(1.0,),
             difficulty=Difficulty(
+                arithmetic_operations=(2,),
+                arithmetic_largest=7,
                 countdown_numbers=(3,),
                 countdown_largest=9,
                 countdown_target=50,
-                quadratic_root=9,
-                arithmetic_operations=(2,),
-                arithmetic_largest=9,
-            )
+            ),
+            mix=TraceMix(checked=0.9, retry=0.2, max_tries=3),
         ),
         model=laptop_model(),
         students=StudentsConfig(laptop_student(qkv_bias=True), laptop_student(qkv_bias=False)),
         sampling=SamplingConfig(prompt_length=16, max_new_tokens=96),
-        evaluation=EvalConfig(problems=96, samples=16),
-        pretrain=sft(1000, 5e-3, examples=40_000),
-        cold_start=sft(150, 2e-3, examples=4_000),
+        evaluation=EvalConfig(problems=48, samples=16),
+        pretrain=sft(1400, 5e-3, examples=40_000),
+        cold_start=sft(150, 3e-3, examples=4_000),
         rl_1=rl(60),
-        rejection=RejectionConfig(problems=512, samples=8, keep=4),
-        sft_2=sft(100, 2e-3),
+        rejection=RejectionConfig(problems=256, samples=8, keep=4),
+        sft_2=sft(120, 3e-3),
         rl_2=rl(30),
-        distill_data=RejectionConfig(problems=1024, samples=8, keep=4),
-        distill=sft(300, 5e-3),
+        distill_data=RejectionConfig(problems=512, samples=8, keep=4),
+        distill=sft(400, 5e-3),
     )

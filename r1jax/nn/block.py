@@ -86,7 +86,7 @@ def run(layers: Block, x_BTD, rotation, mask_BTS, valid_BT, *, remat: bool):
     def body(x, layer):
         return layer(x, rotation, mask_BTS, valid_BT)
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x_BTD, layers)
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x_BTD, layers)
 
 
 def run_cached(layers: Block, x_BTD, rotation, *, prompt: Entry, own: Entry, step: Step):

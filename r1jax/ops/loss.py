@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token log-probabilities from hidden states without ever holding [B, T, vocabulary]."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ def token_logp(
     hidden = jnp.pad(hidden_BTD.reshape(n, d), ((0, pad), (0, 0))).reshape(-1, size, d)
     targets = jnp.pad(targets_BT.reshape(n), (0, pad)).reshape(-1, size)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # inside a scan nothing is merged
     def one(hidden_TD, target_T):
         logits = jnp.einsum(
             "td,dn->tn",

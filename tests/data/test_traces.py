@@ -175,8 +175,9 @@ def test_pretraining_teaches_checking_but_not_reflection(name):
     attempts = [text for text in found if question_key(text)]
     assert all(text.split()[-1] in ("yes", "no") and text.count("try") == 1 for text in attempts)
     assert len(attempts) > 1000
-    assert agrees([text.endswith("yes") for text in attempts], 0.5)
-    assert 0.2 < np.mean([bool(re.fullmatch(STEP, text)) for text in found]) < 0.4
+    right = 0.75 if name == "arithmetic" else 0.5  # slips hide the facts of a chain
+    assert agrees([text.endswith("yes") for text in attempts], right)
+    assert 0.2 < np.mean([bool(re.fullmatch(STEP, text)) for text in found]) < 0.5
     assert any(" so " in text for text in found)
 
 

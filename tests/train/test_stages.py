@@ -19,6 +19,7 @@ from r1jax.train import stages
 from r1jax.train.loop import Run
 from r1jax.train.progress import Silent
 from r1jax.train.sampler import Completions, Sampler
+from r1jax.train.stages import Words
 from tests.train import tiny
 
 CFG = tiny.recipe()
@@ -57,7 +58,14 @@ def supervised(run):
     return stages.supervised(run, "s", state, packed, cfg, model=CFG.model, seed=1, log_every=1)[0]
 
 
-def grpo(run, *, seed=0, lr=0.01, seen=None):
+class SameProblems(Words):
+    """Gives the same problems whatever the seed."""
+
+    def problems(self, n, seed, split, *, unique=False):
+        return WORDS.problems(n, 0, split, unique=unique)
+
+
+def grpo(run, *, words=WORDS, seed=0, lr=0.01, seen=None):
     """Four steps; the reference is renewed after the second. `seen` takes the texts."""
 
     def reward(problems, texts):
@@ -70,7 +78,7 @@ def grpo(run, *, seed=0, lr=0.01, seen=None):
     sampler = Sampler(CFG.sampling, WORDS.tokenizer, WORDS.template)
     return stages.grpo(
         run, "g", tiny.state(CFG.model), cfg, sampler,
-        words=WORDS, bias_speed=0.01, seed=seed, reward_fn=reward,
+        words=words, bias_speed=0.01, seed=seed, reward_fn=reward,
     )[0]  # fmt: skip
 
 
@@ -116,10 +124,11 @@ def test_the_biases_freeze_at_the_end(tmp_path):
 
 
 def test_noise_is_fresh_at_every_step_and_the_seed_decides(tmp_path):
-    """At learning rate 0 the policy stands still, so nothing but the noise can differ."""
+    """At learning rate 0 and on the same problems nothing but the noise can differ."""
     first, again, other = [], [], []
-    for seen, seed in ((first, 0), (again, 0), (other, 10**6)):
-        grpo(run_in(tmp_path / f"{len(first)}{len(again)}{seed}"), seed=seed, lr=0.0, seen=seen)
+    for i, (seen, seed) in enumerate(((first, 0), (again, 0), (other, 10**6))):
+        run = run_in(tmp_path / str(i))
+        grpo(run, words=SameProblems(*WORDS), seed=seed, lr=0.0, seen=seen)
     assert first == again
     assert len({*first, *other}) == 2 * STEPS
     assert all(len(set(texts[:4])) > 1 for texts in first)  # the samples of one prompt differ
@@ -135,6 +144,14 @@ def test_rewards_are_logged_as_they_are(tmp_path):
         assert row["accuracy"] == 0.0
         assert np.shape(row["expert_load"]) == (1, 6)
         np.testing.assert_allclose(np.sum(row["expert_load"], -1), 1.0, atol=1e-3)
+
+
+def test_the_reference_becomes_the_policy_every_two_steps(tmp_path):
+    """The KL of a batch is measured before its update: 0 where the two were just made equal."""
+    grpo(run_in(tmp_path))
+    kl = [row["kl"] for row in rows(tmp_path)]
+    assert max(abs(kl[0]), abs(kl[2])) < 1e-6
+    assert min(kl[1], kl[3]) > 1e-4
 
 
 # ---------------------------------------------------------------------------- rejection sampling

@@ -105,7 +105,7 @@ def words(cfg: RecipeConfig) -> Words:
 
 
 def traced_once(fn: Callable) -> Callable:
-    """`fn`, to be jitted: a second trace for arguments of the same shapes fails.
+    """`fn`, to be jitted: a second trace for arguments of the same shapes, on the same mesh, fails.
 
     `chex.assert_max_traces` would do for one program; this one allows a trace for each.
     """
@@ -114,7 +114,7 @@ def traced_once(fn: Callable) -> Callable:
     @functools.wraps(fn)
     def traced(*args, **kwargs):
         leaves, treedef = jax.tree.flatten((args, kwargs))
-        program = treedef, tuple(x.shape for x in leaves)
+        program = treedef, tuple(x.shape for x in leaves), jax.sharding.get_abstract_mesh()
         assert program not in seen, f"{fn.__name__} is traced again"
         seen.add(program)
         return fn(*args, **kwargs)

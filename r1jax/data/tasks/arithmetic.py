@@ -39,6 +39,7 @@ NAME = "arithmetic"
 _SLIPS = (-10, -2, -1, 1, 2, 10)
 
 Step = tuple[int, str, int, int]
+_FACTS = 0.45  # share of pre-training texts that are one fact
 _FALSE = 0.25  # share of pre-training chains with a slip: more of them hides the facts
 
 
@@ -87,18 +88,35 @@ def pretrain_text(
     split: str = "train",
     difficulty: Difficulty = DEFAULT_DIFFICULTY,
 ) -> str:
-    """A true fact, a checked try (a quarter of them with a slip), or a chain and its answer."""
-    problem = sample(rng, split=split, difficulty=difficulty)
+    """A true fact of any chain, train or not, a checked try (a quarter of them with a slip), or a chain and its answer."""
     kind = rng.random()
+    if kind < _FACTS:
+        return write_steps([_fact(rng, difficulty)])
+    problem = sample(rng, split=split, difficulty=difficulty)
     steps = _steps(problem.given)
-    if kind < 0.3:
-        facts = steps + _undo(steps)
-        return write_steps([facts[rng.integers(len(facts))]])
     candidate = _wrong(rng, problem, set()) if rng.random() < _FALSE else None
     candidate = _candidate(problem, steps) if candidate is None else candidate
-    if kind < 0.85:
+    if kind < 0.9:
         return write_attempt(problem.question, candidate)
     return write_answer(candidate)
+
+
+def _fact(rng: np.random.Generator, difficulty: Difficulty) -> Step:
+    """A product, or a sum or difference in the range that chains and their checks reach.
+
+    Facts are drawn from all chains: a held-out chain is a new question, not a new addition table.
+    """
+    largest = difficulty.arithmetic_largest
+    if rng.random() < 0.2:
+        first, second = rng.integers(2, largest + 1, size=2).tolist()
+        return first, "*", second, first * second
+    reach = largest * max(max(difficulty.arithmetic_operations) - 1, 1)
+    while True:
+        first = int(rng.integers(4 - reach, largest**2 + reach + 1))
+        operator, second = "+-"[rng.integers(2)], int(rng.integers(1, largest + 1))
+        value = calculate(first, operator, second)
+        if LOW <= first <= HIGH and LOW <= value <= HIGH:
+            return first, operator, second, value
 
 
 def verify(problem: Problem, answer: str) -> bool:

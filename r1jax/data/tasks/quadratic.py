@@ -78,14 +78,16 @@ def pretrain_text(
     difficulty: Difficulty = DEFAULT_DIFFICULTY,
 ) -> str:
     """A fact, a checked try (half of them right), or a proposal and its answer."""
-    problem = sample(rng, split=split, difficulty=difficulty)
     kind = rng.random()
-    candidate = None if rng.random() < 0.5 else _wrong(rng, problem, set())
-    candidate = _candidate(problem, _roots(problem)) if candidate is None else candidate
-    if kind < 0.3:
-        first, second = candidate.identity
+    if kind < 0.3:  # of any two roots: a held-out equation is a new question, not a new table
+        first, second = rng.integers(
+            -difficulty.quadratic_root, difficulty.quadratic_root + 1, size=2
+        ).tolist()
         operator = "*" if rng.random() < 0.5 else "+"
         return write_steps([(first, operator, second, calculate(first, operator, second))])
+    problem = sample(rng, split=split, difficulty=difficulty)
+    candidate = None if rng.random() < 0.5 else _wrong(rng, problem, set())
+    candidate = _candidate(problem, _roots(problem)) if candidate is None else candidate
     if kind < 0.85:
         return write_attempt(problem.question, candidate)
     return write_answer(candidate)
