@@ -3,8 +3,8 @@
 
     python experiments/bench_experts.py
 
-The implementations take turns; medians are printed in milliseconds of wall time and, because other
-work on the machine stretches wall time, of this process's CPU time. `ops.experts.choose` follows it.
+The implementations take turns; medians are printed in milliseconds of wall time and, because
+other work on the machine stretches it, of CPU time. `ops.experts.choose` follows the outcome.
 """
 
 import statistics

@@ -104,5 +104,6 @@ def quickstart() -> RecipeConfig:
         sft_2=sft(120, 3e-3),
         rl_2=rl(30),
         distill_data=RejectionConfig(problems=512, samples=8, keep=4),
-        distill=sft(400, 5e-3),
+        student_pretrain=sft(700, 5e-3, examples=20_000),
+        distill=sft(300, 3e-3),
     )

@@ -60,11 +60,14 @@ class RecipeConfig:
     sft_2: SFTConfig = field(default_factory=SFTConfig)
     rl_2: GRPOConfig = field(default_factory=GRPOConfig)
     distill_data: RejectionConfig = field(default_factory=RejectionConfig)
+    student_pretrain: SFTConfig = field(default_factory=SFTConfig)  # as Qwen and Llama came
     distill: SFTConfig = field(default_factory=SFTConfig)
     checkpoint_every: float = 30.0  # seconds between checkpoints inside a stage
 
     def __post_init__(self):
         positive(self, "checkpoint_every")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
         total = self.sampling.prompt_length + self.sampling.max_new_tokens
         for name, model in self.models():
             if total > model.max_position:

@@ -40,7 +40,17 @@ from r1jax.train.state import TrainState, create
 
 Go = Callable[[TrainState], tuple[TrainState, int, float]]
 
-ORDER = ("pretrain", "cold_start", "rl_1", "sft_2", "rl_2", "student_qwen2", "student_llama")
+ORDER = (
+    "pretrain",
+    "cold_start",
+    "rl_1",
+    "sft_2",
+    "rl_2",
+    "base_qwen2",
+    "student_qwen2",
+    "base_llama",
+    "student_llama",
+)
 
 
 def run(
@@ -92,19 +102,23 @@ class Recipe:
     def all_stages(self) -> dict[str, Any]:
         """Runs the stages in order and writes what a run leaves behind."""
         cfg = self.cfg
-        base = self.stage("pretrain", self.fresh("pretrain", cfg.model), self.pretrain)
+        base = self.stage(
+            "pretrain",
+            self.fresh("pretrain", cfg.model),
+            self.read("pretrain", cfg.pretrain, cfg.model),
+        )
         state = self.stage("cold_start", base, self.cold_start)
         state = self.stage("rl_1", state, self.reinforce("rl_1", cfg.rl_1))
         traces = self.traces("sft_2", state, cfg.rejection)
         state = self.stage("sft_2", base, self.imitate("sft_2", cfg.sft_2, cfg.model, traces))
         state = self.stage("rl_2", state, self.reinforce("rl_2", cfg.rl_2))
         traces = self.traces("distill", state, cfg.distill_data)
-        for stage, model in (
-            ("student_qwen2", cfg.students.qwen2),
-            ("student_llama", cfg.students.llama),
-        ):
-            go = self.imitate(stage, cfg.distill, model, traces)
-            self.stage(stage, self.fresh(stage, model), go)
+        for name, model in (("qwen2", cfg.students.qwen2), ("llama", cfg.students.llama)):
+            base = f"base_{name}"
+            go = self.read(base, cfg.student_pretrain, model)
+            state = self.stage(base, self.fresh(base, model), go, measured=False)
+            student = f"student_{name}"
+            self.stage(student, state, self.imitate(student, cfg.distill, model, traces))
         return self.leave_behind()
 
     def fresh(self, stage: str, model: ModelConfig | DenseConfig) -> TrainState:
@@ -112,18 +126,23 @@ class Recipe:
         module = Transformer if isinstance(model, ModelConfig) else DenseTransformer
         return create(lambda: module(model), optax.identity(), jax.random.key(self.seed(stage)))
 
-    def stage(self, name: str, state: TrainState, go: Go) -> TrainState:
+    def stage(self, name: str, state: TrainState, go: Go, *, measured: bool = True) -> TrainState:
         """Runs and evaluates a stage, or takes what it left when it was finished before.
 
         Args:
             go: from a state to (state, steps, seconds); it must not consume the state it is given.
+            measured: evaluate it and put it into the summary; a student's base model is not.
         """
         record = finished(self.run, name)
         if record is not None:
-            self.records.append(record)
+            if measured:
+                self.records.append(record)
             return load(self.run, name, {"state": state.slim()})["state"]
         state, steps, seconds = go(state)
         state = state.slim()
+        if not measured:
+            finish(self.run, name, {"state": state}, steps, {"name": name, "seconds": seconds})
+            return state
         figures, answers = evaluate(
             state,
             self.sampler,
@@ -147,18 +166,21 @@ class Recipe:
         )
         return state
 
-    def pretrain(self, state: TrainState):
-        """Next-token training on raw task text."""
-        cfg = self.cfg.pretrain
-        packed = corpus.pretrain_corpus(
-            cfg.examples,
-            seed=self.cfg.seed,
-            tasks=self.words.mixture(),
-            tokenizer=self.words.tokenizer,
-            length=cfg.length,
-            difficulty=self.cfg.tasks.difficulty,
-        )
-        return self._supervised("pretrain", state, packed, cfg, self.cfg.model)
+    def read(self, stage: str, cfg: SFTConfig, model: ModelConfig | DenseConfig) -> Go:
+        """Next-token training on raw task text: how a base model is made."""
+
+        def go(state: TrainState):
+            packed = corpus.pretrain_corpus(
+                cfg.examples,
+                seed=self.cfg.seed,
+                tasks=self.words.mixture(),
+                tokenizer=self.words.tokenizer,
+                length=cfg.length,
+                difficulty=self.cfg.tasks.difficulty,
+            )
+            return self._supervised(stage, state, packed, cfg, model)
+
+        return go
 
     def cold_start(self, state: TrainState):
         """SFT on written chains of thought, some of them wrong, few of them reflecting."""

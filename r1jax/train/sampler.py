@@ -75,7 +75,7 @@ class Sampler:
         """
         prompt_PS, valid_PS = self.prompts(problems)
         temperature_B = np.tile(np.asarray(temperatures, np.float32), len(problems))
-        noise = np.array(noise, np.uint32)
+        noise = np.array([n % 2**32 for n in noise], np.uint32)
         out = self.run(state.slim(), prompt_PS, valid_PS, noise, temperature_B)
         lengths = np.asarray(out.mask_BT).sum(-1).astype(np.int32)
         rows = np.asarray(out.tokens_BT)

@@ -57,6 +57,7 @@ def contents(folder):
         ("distill.length=15", r"distill.length=15 cannot hold .* raise distill.length"),
         ("rl_1.update.minibatches=3", r"=8 must be divisible by .*minibatches .*=3"),
         ("evaluation.problems=9999", r"evaluation.problems=9999: task 'arithmetic' has only \d+"),
+        ("seed=-1", r"seed must be >= 0, got -1"),
         ("tasks.names=chess", r"tasks must be distinct names out of \['arithmetic'.*chess"),
         ("model.mla.num_head=2", r"model.mla.num_heads"),
     ],

@@ -95,7 +95,8 @@ def recipe() -> RecipeConfig:
         sft_2=dataclasses.replace(sft, steps=1),
         rl_2=dataclasses.replace(rl, steps=1),
         distill_data=kept,
-        distill=dataclasses.replace(sft, mtp_weight=0.0),
+        student_pretrain=dataclasses.replace(sft, steps=1),
+        distill=sft,
     )
 
 

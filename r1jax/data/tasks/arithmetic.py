@@ -88,7 +88,7 @@ def pretrain_text(
     split: str = "train",
     difficulty: Difficulty = DEFAULT_DIFFICULTY,
 ) -> str:
-    """A true fact of any chain, train or not, a checked try (a quarter of them with a slip), or a chain and its answer."""
+    """A true fact, a checked try (a quarter of them with a slip), or a chain and its answer."""
     kind = rng.random()
     if kind < _FACTS:
         return write_steps([_fact(rng, difficulty)])
