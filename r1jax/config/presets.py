@@ -77,7 +77,9 @@ def quickstart() -> RecipeConfig:
             group_size=8,
             format_weight=0.2,
             reference_every=0,
-            optim=OptimConfig(learning_rate=1e-3, warmup_steps=3, weight_decay=0.0),
+            optim=OptimConfig(
+                learning_rate=1e-3, final_fraction=0.1, warmup_steps=2, weight_decay=0.0
+            ),
         )
 
     return RecipeConfig(
@@ -95,15 +97,15 @@ def quickstart() -> RecipeConfig:
         ),
         model=laptop_model(),
         students=StudentsConfig(laptop_student(qkv_bias=True), laptop_student(qkv_bias=False)),
-        sampling=SamplingConfig(prompt_length=16, max_new_tokens=96),
+        sampling=SamplingConfig(prompt_length=16, max_new_tokens=72),
         evaluation=EvalConfig(problems=48, samples=16),
-        pretrain=sft(1400, 5e-3, examples=40_000),
+        pretrain=sft(1200, 5e-3, examples=40_000),
         cold_start=sft(150, 3e-3, examples=4_000),
-        rl_1=rl(60),
+        rl_1=rl(30),
         rejection=RejectionConfig(problems=256, samples=8, keep=4),
-        sft_2=sft(120, 3e-3),
-        rl_2=rl(30),
-        distill_data=RejectionConfig(problems=512, samples=8, keep=4),
-        student_pretrain=sft(700, 5e-3, examples=20_000),
-        distill=sft(300, 3e-3),
+        sft_2=sft(100, 3e-3),
+        rl_2=rl(12),
+        distill_data=RejectionConfig(problems=320, samples=8, keep=4),
+        student_pretrain=sft(500, 5e-3, examples=20_000),
+        distill=sft(200, 3e-3),
     )
