@@ -4,7 +4,7 @@
 from r1jax.config.model import DenseConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from r1jax.config.recipe import EvalConfig, RecipeConfig, RejectionConfig, StudentsConfig
 from r1jax.config.tasks import Difficulty, TaskConfig, TraceMix
-from r1jax.config.training import GRPOConfig, OptimConfig, SamplingConfig, SFTConfig
+from r1jax.config.training import GRPOConfig, OptimConfig, SamplingConfig, SFTConfig, UpdateConfig
 
 
 def laptop_model() -> ModelConfig:
@@ -77,8 +77,9 @@ def quickstart() -> RecipeConfig:
             group_size=8,
             format_weight=0.2,
             reference_every=0,
+            update=UpdateConfig(beta=0.01),
             optim=OptimConfig(
-                learning_rate=1e-3, final_fraction=0.1, warmup_steps=2, weight_decay=0.0
+                learning_rate=4e-4, final_fraction=0.25, warmup_steps=2, weight_decay=0.0
             ),
         )
 
