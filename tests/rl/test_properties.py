@@ -179,7 +179,9 @@ def test_the_mask_may_have_any_dtype(name, dtype):
     *arrays, mask_BT = draw()
     expected = compiled(name)(*arrays, mask_BT)
     found = compiled(name)(*arrays, mask_BT.astype(dtype))
-    chex.assert_trees_all_equal(found, expected)
+    chex.assert_trees_all_close(
+        found, expected, rtol=MICRO
+    )  # a program each: the last bit may differ
 
 
 @all_objectives

@@ -113,10 +113,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path_factory, whole, cuts):
 
 def test_a_signal_waits_for_the_step_and_loses_nothing(tmp_path):
     """The checkpoint of the interrupted step is on disk although none was due."""
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         stage(run_in(tmp_path, Interrupts(4)))
     assert checkpoint.steps(tmp_path / "checkpoints" / "one") == [4]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     progress = Interrupts()
     _, seconds = stage(run_in(tmp_path, progress))
     assert progress.messages == ["one: resumed at step 4"]
