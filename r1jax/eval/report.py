@@ -98,7 +98,7 @@ _LOAD_NOTE = (
     "Tokens each routed expert received, relative to an even share: orange above it, blue below, "
     "blank where the load is even. Time runs from left to right."
 )
-_SAMPLES_NOTE = "Sampled answers to the same held-out question, before and after RL."
+_SAMPLES_NOTE = "Greedy answers to the first held-out questions, not picked, before and after RL."
 
 
 def _section(title: str, note: str, content: str) -> str:
