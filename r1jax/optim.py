@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from r1jax.config import OptimConfig
@@ -55,8 +54,3 @@ def learning_rate(cfg: OptimConfig, step: int, steps: int) -> float:
     done = (step - cfg.warmup_steps) / max(steps - cfg.warmup_steps, 1)
     floor = cfg.final_fraction
     return cfg.learning_rate * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * done)))
-
-
-def finite(tree: Any) -> jax.Array:
-    """True when no leaf holds NaN or Inf."""
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()

@@ -177,11 +177,11 @@ def test_rows_without_tokens_do_not_count(name):
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_the_mask_may_have_any_dtype(name, dtype):
     *arrays, mask_BT = draw()
-    expected = compiled(name)(*arrays, mask_BT)
-    found = compiled(name)(*arrays, mask_BT.astype(dtype))
-    chex.assert_trees_all_close(
-        found, expected, rtol=MICRO
-    )  # a program each: the last bit may differ
+    # Operation by operation: two compiled programs may be fused differently, these may not differ.
+    with jax.disable_jit():
+        expected = compiled(name)(*arrays, mask_BT)
+        found = compiled(name)(*arrays, mask_BT.astype(dtype))
+    chex.assert_trees_all_equal(found, expected)
 
 
 @all_objectives
