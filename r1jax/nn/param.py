@@ -41,8 +41,8 @@ def initialise(module: nnx.Module, key: jax.Array) -> nnx.Module:
     """The module with every parameter drawn; constants keep their value.
 
     Parameters up to `POOLED` elements are cut from one stream of normals: sixty draws of their own
-    took XLA 15 to 37 s to compile on two busy cores, this one 2 to 3 s. Larger ones are drawn each by
-    itself, so that they are made where they are sharded.
+    took XLA 15 to 37 s to compile on two busy cores, this one 2 to 3 s. Larger ones are drawn each
+    by itself, so that they are made where they are sharded.
     """
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
     is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
