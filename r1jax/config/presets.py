@@ -70,7 +70,7 @@ def quickstart() -> RecipeConfig:
         )
         return SFTConfig(steps=steps, batch_size=8, length=128, optim=optim, **changes)
 
-    def rl(steps: int) -> GRPOConfig:
+    def rl(steps: int, lr: float) -> GRPOConfig:
         return GRPOConfig(
             steps=steps,
             prompts=16,
@@ -79,7 +79,7 @@ def quickstart() -> RecipeConfig:
             reference_every=0,
             update=UpdateConfig(beta=0.01),
             optim=OptimConfig(
-                learning_rate=4e-4, final_fraction=0.25, warmup_steps=2, weight_decay=0.0
+                learning_rate=lr, final_fraction=0.1, warmup_steps=2, weight_decay=0.0
             ),
         )
 
@@ -88,25 +88,25 @@ def quickstart() -> RecipeConfig:
             names=("arithmetic",),
             weights=(1.0,),
             difficulty=Difficulty(
-                arithmetic_operations=(2,),
-                arithmetic_largest=7,
+                arithmetic_operations=(2, 3),
+                arithmetic_largest=5,
                 countdown_numbers=(3,),
                 countdown_largest=9,
                 countdown_target=50,
             ),
-            mix=TraceMix(checked=0.9, retry=0.2, max_tries=3),
+            mix=TraceMix(checked=0.9, retry=0.2, max_tries=2),
         ),
         model=laptop_model(),
         students=StudentsConfig(laptop_student(qkv_bias=True), laptop_student(qkv_bias=False)),
-        sampling=SamplingConfig(prompt_length=16, max_new_tokens=72),
+        sampling=SamplingConfig(prompt_length=12, max_new_tokens=72),
         evaluation=EvalConfig(problems=48, samples=16),
         pretrain=sft(1200, 5e-3, examples=40_000),
         cold_start=sft(150, 3e-3, examples=4_000),
-        rl_1=rl(30),
-        rejection=RejectionConfig(problems=256, samples=8, keep=4),
-        sft_2=sft(100, 3e-3),
-        rl_2=rl(12),
-        distill_data=RejectionConfig(problems=320, samples=8, keep=4),
-        student_pretrain=sft(500, 5e-3, examples=20_000),
+        rl_1=rl(30, 6e-4),
+        rejection=RejectionConfig(problems=384, samples=8, keep=4),
+        sft_2=sft(150, 3e-3),
+        rl_2=rl(16, 4e-4),
+        distill_data=RejectionConfig(problems=512, samples=8, keep=4),
+        student_pretrain=sft(600, 5e-3, examples=30_000),
         distill=sft(200, 3e-3),
     )

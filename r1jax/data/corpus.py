@@ -23,16 +23,20 @@ def pretrain_corpus(
     *,
     seed: int,
     tasks: Tasks,
+    template: Template,
     tokenizer: TaskTokenizer,
     length: int,
     difficulty: Difficulty = DEFAULT_DIFFICULTY,
 ) -> Packed:
-    """`n` raw task texts of the train split, packed; every token but the first is learnt.
+    """`n` raw task texts of the train split, packed; what is drawn at random is not learnt.
+
+    A question's numbers cannot be predicted: as targets they are noise in the gradient.
 
     Args:
       n: number of texts.
       seed: the same seed gives the same corpus.
       tasks: names, or name -> weight.
+      template: whose turn marks stand around questions; its tags appear nowhere.
       tokenizer: turns words into ids.
       length: ids in a packed row.
       difficulty: sizes of the problems.
@@ -41,11 +45,15 @@ def pretrain_corpus(
       The packed rows.
     """
     rng = np.random.default_rng((seed, _PRETRAIN))
-    documents = []
+    examples = []
     for name in _draw_tasks(rng, n, tasks):
         text = TASKS[name].pretrain_text(rng, difficulty=difficulty)
-        documents.append([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
-    examples = [example([], ids) for ids in documents]
+        given, learnt = f"{template.bos} {text.given}", text.learnt
+        if text.asked:
+            given = prompt(text.given, template)
+            learnt = f"{template.think_open} {learnt} {template.think_close}"
+        learnt = f"{learnt} {template.eos}"
+        examples.append(example(tokenizer.encode(given), tokenizer.encode(learnt)))
     return pack(examples, length=length, pad_id=tokenizer.pad_id)
 
 

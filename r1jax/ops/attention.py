@@ -71,9 +71,14 @@ def mla_naive(
     dtype = q_nope_BTHK.dtype
     k_BSHK = jnp.einsum("bsc,chk->bshk", part.c_PSC, w_uk_CHK.astype(dtype))
     v_BSHV = jnp.einsum("bsc,chv->bshv", part.c_PSC, w_uv_CHV.astype(dtype))
-    logits = jnp.einsum("bthk,bshk->bhts", q_nope_BTHK, k_BSHK, preferred_element_type=jnp.float32)
-    logits += jnp.einsum(
-        "bthr,bsr->bhts", q_rope_BTHR, part.k_rope_PSR, preferred_element_type=jnp.float32
+    shared_BSHR = jnp.broadcast_to(
+        part.k_rope_PSR[:, :, None], (*k_BSHK.shape[:3], part.k_rope_PSR.shape[-1])
+    )
+    logits = jnp.einsum(
+        "bthk,bshk->bhts",
+        jnp.concatenate([q_nope_BTHK, q_rope_BTHR], -1),
+        jnp.concatenate([k_BSHK, shared_BSHR], -1),
+        preferred_element_type=jnp.float32,
     )
     weights = _softmax(logits * scale, part.mask_BTS[:, None]).astype(dtype)
     return jnp.einsum("bhts,bshv->bthv", weights, v_BSHV)

@@ -22,6 +22,7 @@ from r1jax.config import (
     to_config_dict,
 )
 from r1jax.data import corpus
+from r1jax.data.packing import Packed, join
 from r1jax.data.tasks import Problem
 from r1jax.data.tokenizer import task_tokenizer
 from r1jax.eval.heldout import evaluate
@@ -170,17 +171,22 @@ class Recipe:
         """Next-token training on raw task text: how a base model is made."""
 
         def go(state: TrainState):
-            packed = corpus.pretrain_corpus(
-                cfg.examples,
-                seed=self.cfg.seed,
-                tasks=self.words.mixture(),
-                tokenizer=self.words.tokenizer,
-                length=cfg.length,
-                difficulty=self.cfg.tasks.difficulty,
-            )
+            packed = self.raw_text(cfg.examples, length=cfg.length)
             return self._supervised(stage, state, packed, cfg, model)
 
         return go
+
+    def raw_text(self, n: int, *, length: int, part: int = 0) -> Packed:
+        """Pre-training documents; other parts of the corpus are other documents."""
+        return corpus.pretrain_corpus(
+            n,
+            seed=self.cfg.seed + 1_000_003 * part,
+            tasks=self.words.mixture(),
+            template=self.words.template,
+            tokenizer=self.words.tokenizer,
+            length=length,
+            difficulty=self.cfg.tasks.difficulty,
+        )
 
     def cold_start(self, state: TrainState):
         """SFT on written chains of thought, some of them wrong, few of them reflecting."""
@@ -283,7 +289,9 @@ class Recipe:
         write_picture(out / "curves.png", summary, rows)
         return write_summary(out, summary)
 
-    def _supervised(self, stage, state, packed, cfg: SFTConfig, model):
+    def _supervised(self, stage, state, packed: Packed, cfg: SFTConfig, model):
+        if cfg.replay:
+            packed = join(packed, self.raw_text(cfg.replay, length=cfg.length, part=1))
         state, seconds = stages.supervised(
             self.run, stage, state, packed, cfg, model=model, seed=self.seed(stage)
         )

@@ -24,7 +24,7 @@ ALL = tuple(sorted(TASKS))
 
 
 def pretrain(n=300, seed=0):
-    return pretrain_corpus(n, seed=seed, tasks=ALL, tokenizer=TOKENIZER, length=96)
+    return pretrain_corpus(n, seed=seed, tasks=ALL, template=R1, tokenizer=TOKENIZER, length=96)
 
 
 def cold_start(n=200, seed=0, tasks=ALL):
@@ -43,8 +43,21 @@ def test_pretraining_rows_hold_whole_texts():
     found = list(documents(pretrain()))
     assert len(found) == 300
     assert all(ids[0] == TOKENIZER.bos_id and ids[-1] == TOKENIZER.eos_id for ids in found)
-    packed = pretrain()
-    assert packed.mask_NT.sum() == sum(len(ids) - 1 for ids in found)
+
+
+def test_pretraining_learns_what_is_not_drawn():
+    packed, learnt = pretrain(), 0
+    for ids in documents(packed):
+        text = TOKENIZER.decode(ids)
+        if "<|User|>" in text:  # the turn marks and the reasoning tags, and nothing of an answer
+            _, _, after = text.partition("<|Assistant|> ")
+            assert after.startswith("<think> try ")
+            assert after.endswith(" </think> <eos>")
+            assert "<answer>" not in text
+            learnt += len(after.split())
+        else:
+            learnt += 2  # the value and the end
+    assert packed.mask_NT.sum() == learnt
 
 
 def test_cold_start_learns_exactly_the_completions():

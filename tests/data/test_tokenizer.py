@@ -13,7 +13,7 @@ from r1jax.data.tokenizer import SPECIAL_TOKENS, TaskTokenizer, task_tokenizer
 TOKENIZER = task_tokenizer()
 # The longest that the default difficulty and TraceMix(max_tries=5) can write.
 LONGEST_PROMPT = {"arithmetic": 13, "countdown": 11, "quadratic": 14}
-LONGEST_COMPLETION = {"arithmetic": 255, "countdown": 115, "quadratic": 97}
+LONGEST_COMPLETION = {"arithmetic": 169, "countdown": 127, "quadratic": 101}
 
 
 def test_ids_are_fixed():
@@ -36,7 +36,9 @@ def test_every_text_comes_back_and_the_longest_are_known(name, template):
         problem = task.sample(rng, split=("train", "heldout")[index % 2])
         trace = task.cold_start(rng, problem, mix)
         asked, done = prompt(problem.question, template), completion(trace, template)
-        for text, lengths in ((asked, prompts), (done, completions), (task.pretrain_text(rng), [])):
+        raw = task.pretrain_text(rng)
+        texts = ((asked, prompts), (done, completions), (raw.given, []), (raw.learnt, []))
+        for text, lengths in texts:
             ids = TOKENIZER.encode(text)
             assert TOKENIZER.unk_id not in ids
             assert TOKENIZER.decode(ids) == text

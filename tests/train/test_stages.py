@@ -51,7 +51,12 @@ def run_in(out, watch=None, *, every=1e9):
 
 def supervised(run):
     packed = corpus.pretrain_corpus(
-        24, seed=0, tasks=("arithmetic",), tokenizer=WORDS.tokenizer, length=CFG.pretrain.length
+        24,
+        seed=0,
+        tasks=("arithmetic",),
+        template=WORDS.template,
+        tokenizer=WORDS.tokenizer,
+        length=CFG.pretrain.length,
     )
     cfg = dataclasses.replace(CFG.pretrain, steps=STEPS, bias_freeze=0.5)
     state = tiny.state(CFG.model)

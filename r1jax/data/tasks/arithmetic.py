@@ -2,12 +2,13 @@
 """Arithmetic chains: a product, then sums and differences, checked backwards.
 
     compute 7 * 8 + 5 - 3
+    try 60 : 60 + 3 = 63 , 63 - 5 = 58 , 7 * 8 = 56 no wait
     try 7 * 8 = 56 , 56 + 5 = 61 , 61 - 3 = 58 : 58 + 3 = 61 , 61 - 5 = 56 , 7 * 8 = 56 yes
     58
 
-A wrong try slips in exactly one step and goes on truly from the slipped value. The check undoes the
-sums from the last value back and compares what is left with the product, so it is true arithmetic
-and finds every single slip. `Problem.given` is the two factors, then the signed terms.
+A right try works the chain out; a wrong one is a guess, near the value. Every equation is true: the
+check undoes the sums from the proposed value back and compares what is left with the product, so it
+finds every wrong guess. `Problem.given` is the two factors, then the signed terms.
 """
 
 import numpy as np
@@ -17,6 +18,7 @@ from r1jax.data.tasks.problem import (
     HIGH,
     LOW,
     Difficulty,
+    Document,
     Problem,
     Trace,
     TraceMix,
@@ -25,12 +27,13 @@ from r1jax.data.tasks.problem import (
 )
 from r1jax.data.tasks.writing import (
     Candidate,
+    Step,
     calculate,
     read_integer,
     read_steps,
     read_tries,
-    write_answer,
     write_attempt,
+    write_fact,
     write_steps,
     write_trace,
 )
@@ -38,9 +41,8 @@ from r1jax.data.tasks.writing import (
 NAME = "arithmetic"
 _SLIPS = (-10, -2, -1, 1, 2, 10)
 
-Step = tuple[int, str, int, int]
 _FACTS = 0.45  # share of pre-training texts that are one fact
-_FALSE = 0.25  # share of pre-training chains with a slip: more of them hides the facts
+_GUESSED = 0.4  # share of pre-training tries that are guesses, half of them right
 
 
 def sample(
@@ -77,7 +79,7 @@ def cold_start(rng: np.random.Generator, problem: Problem, mix: TraceMix) -> Tra
     return write_trace(
         rng,
         mix,
-        right=lambda: _candidate(problem, _steps(problem.given)),
+        right=lambda: _worked(problem),
         wrong=lambda tried: _wrong(rng, problem, tried),
     )
 
@@ -87,36 +89,21 @@ def pretrain_text(
     *,
     split: str = "train",
     difficulty: Difficulty = DEFAULT_DIFFICULTY,
-) -> str:
-    """A true fact, a checked try (a quarter of them with a slip), or a chain and its answer."""
-    kind = rng.random()
-    if kind < _FACTS:
-        return write_steps([_fact(rng, difficulty)])
-    problem = sample(rng, split=split, difficulty=difficulty)
-    steps = _steps(problem.given)
-    candidate = _wrong(rng, problem, set()) if rng.random() < _FALSE else None
-    candidate = _candidate(problem, steps) if candidate is None else candidate
-    if kind < 0.9:
-        return write_attempt(problem.question, candidate)
-    return write_answer(candidate)
+) -> Document:
+    """A fact, or a checked try: worked out, or a guess that is right as often as wrong.
 
-
-def _fact(rng: np.random.Generator, difficulty: Difficulty) -> Step:
-    """A product, or a sum or difference in the range that chains and their checks reach.
-
-    Facts are drawn from all chains: a held-out chain is a new question, not a new addition table.
+    Facts are taken from all chains: a held-out chain is a new question, not a new addition table.
     """
-    largest = difficulty.arithmetic_largest
-    if rng.random() < 0.2:
-        first, second = rng.integers(2, largest + 1, size=2).tolist()
-        return first, "*", second, first * second
-    reach = largest * max(max(difficulty.arithmetic_operations) - 1, 1)
-    while True:
-        first = int(rng.integers(4 - reach, largest**2 + reach + 1))
-        operator, second = "+-"[rng.integers(2)], int(rng.integers(1, largest + 1))
-        value = calculate(first, operator, second)
-        if LOW <= first <= HIGH and LOW <= value <= HIGH:
-            return first, operator, second, value
+    fact = rng.random() < _FACTS
+    if fact:
+        split = "train" if rng.random() < 0.8 else "heldout"
+    problem = sample(rng, split=split, difficulty=difficulty)
+    wrong = _wrong(rng, problem, set()) if rng.random() < 0.5 else None
+    guess = wrong or _guess(problem, _value(problem))
+    if fact:
+        steps = [*_steps(problem.given), *_undo(problem.given, guess.identity[0])]
+        return write_fact(steps[rng.integers(len(steps))])
+    return write_attempt(problem, guess if rng.random() < _GUESSED else _worked(problem))
 
 
 def verify(problem: Problem, answer: str) -> bool:
@@ -125,9 +112,15 @@ def verify(problem: Problem, answer: str) -> bool:
 
 
 def attempts(problem: Problem, reasoning: str) -> list[bool]:
-    """Whether each try, read as a chain of steps, ends at the right value."""
-    chains = [read_steps(words) for words in read_tries(reasoning)]
-    return [chain is not None and chain[-1][3] == _value(problem) for chain in chains]
+    """Whether each try, a lone integer or a chain of steps, ends at the right value."""
+    return [_proposed(words) == _value(problem) for words in read_tries(reasoning)]
+
+
+def _proposed(words: list[str]) -> int | None:
+    if len(words) == 1:
+        return read_integer(words[0])
+    chain = read_steps(words)
+    return None if chain is None else chain[-1][3]
 
 
 def _value(problem: Problem) -> int:
@@ -135,50 +128,57 @@ def _value(problem: Problem) -> int:
     return first * second + sum(terms)
 
 
-def _steps(given: tuple[int, ...], slip_at: int = -1, slip: int = 0) -> list[Step]:
-    """The forward steps, with the value of step `slip_at` off by `slip`."""
+def _steps(given: tuple[int, ...]) -> list[Step]:
+    """The chain worked forwards."""
     value, steps = given[0], []
     for index, number in enumerate(given[1:]):
         operator = "*" if index == 0 else "+" if number > 0 else "-"
-        result = calculate(value, operator, abs(number)) + (slip if index == slip_at else 0)
-        steps.append((value, operator, abs(number), result))
-        value = result
+        steps.append((value, operator, abs(number), calculate(value, operator, abs(number))))
+        value = steps[-1][3]
     return steps
 
 
-def _undo(steps: list[Step]) -> list[Step]:
-    """The check: every sum undone from the last value back, then the product once more."""
-    value, back = steps[-1][3], []
-    for _, operator, number, _ in reversed(steps[1:]):
-        inverse = "-" if operator == "+" else "+"
-        back.append((value, inverse, number, calculate(value, inverse, number)))
-        value = back[-1][3]
-    left, _, right, _ = steps[0]
-    return [*back, (left, "*", right, left * right)]
+def _undo(given: tuple[int, ...], value: int) -> list[Step]:
+    """The check of `value`: every sum undone from the last one back, then the product once more."""
+    first, second, *terms = given
+    back = []
+    for term in reversed(terms):
+        operator = "-" if term > 0 else "+"
+        back.append((value, operator, abs(term), value - term))
+        value -= term
+    return [*back, (first, "*", second, first * second)]
 
 
 def _in_range(steps: list[Step]) -> bool:
-    return all(LOW <= step[3] <= HIGH for step in (*steps, *_undo(steps)))
+    return all(LOW <= step[3] <= HIGH for step in steps)
+
+
+def _worked(problem: Problem) -> Candidate:
+    return _candidate(problem, write_steps(_steps(problem.given)), _value(problem))
+
+
+def _guess(problem: Problem, value: int) -> Candidate:
+    return _candidate(problem, str(value), value)
 
 
 def _wrong(rng: np.random.Generator, problem: Problem, tried: set) -> Candidate | None:
-    slips = [slip for slip in _SLIPS if (_value(problem) + slip,) not in tried]
-    places = [
-        (slip, steps)
-        for slip in slips
-        for at in range(len(problem.given) - 1)
-        if _in_range(steps := _steps(problem.given, at, slip))
+    """A guess off by a slip that was not tried before, None if there is no other."""
+    values = [
+        value
+        for slip in _SLIPS
+        if (value := _value(problem) + slip) not in {v for (v,) in tried}
+        and LOW <= value <= HIGH
+        and _in_range(_undo(problem.given, value))
     ]
-    return _candidate(problem, places[rng.integers(len(places))][1]) if places else None
+    return _guess(problem, values[rng.integers(len(values))]) if values else None
 
 
-def _candidate(problem: Problem, steps: list[Step]) -> Candidate:
-    value = steps[-1][3]
+def _candidate(problem: Problem, proposal: str, value: int) -> Candidate:
     right = value == _value(problem)
     return Candidate(
         identity=(value,),
-        proposal=write_steps(steps),
-        check=f": {write_steps(_undo(steps))} {'yes' if right else 'no'}",
+        proposal=proposal,
+        check=f": {write_steps(_undo(problem.given, value))} {'yes' if right else 'no'}",
         answer=str(value),
         right=right,
     )

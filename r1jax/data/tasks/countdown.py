@@ -19,6 +19,7 @@ from r1jax.data.tasks.problem import (
     HIGH,
     LOW,
     Difficulty,
+    Document,
     Problem,
     Trace,
     TraceMix,
@@ -27,12 +28,13 @@ from r1jax.data.tasks.problem import (
 )
 from r1jax.data.tasks.writing import (
     Candidate,
+    Step,
     calculate,
     read_integer,
     read_steps,
     read_tries,
-    write_answer,
     write_attempt,
+    write_fact,
     write_steps,
     write_trace,
 )
@@ -44,8 +46,6 @@ _OPERATORS = ("+", "-", "*")
 _LONGEST_EXPRESSION = 40
 # A wrong try is drawn blindly; nearly every problem has one within a few draws.
 _WRONG_DRAWS = 64
-
-Step = tuple[int, str, int, int]
 
 
 def sample(
@@ -90,18 +90,16 @@ def pretrain_text(
     *,
     split: str = "train",
     difficulty: Difficulty = DEFAULT_DIFFICULTY,
-) -> str:
-    """A fact, a checked try (half of them right), or a chain and its expression."""
+) -> Document:
+    """A fact, or a checked try, half of them right."""
     problem = sample(rng, split=split, difficulty=difficulty)
     kind = rng.random()
     candidate = None if rng.random() < 0.5 else _wrong(rng, problem, set())
     candidate = _right(rng, problem) if candidate is None else candidate
     if kind < 0.3:
-        facts = candidate.proposal.split(" , ")
-        return facts[rng.integers(len(facts))]
-    if kind < 0.8:
-        return write_attempt(problem.question, candidate)
-    return write_answer(candidate)
+        steps = read_steps(candidate.proposal.split())
+        return write_fact(steps[rng.integers(len(steps))])
+    return write_attempt(problem, candidate)
 
 
 def verify(problem: Problem, answer: str) -> bool:

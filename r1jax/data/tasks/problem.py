@@ -40,6 +40,21 @@ class Trace:
     answer: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A pre-training document.
+
+    Attributes:
+      given: what is drawn at random: a question, or one side of an equation.
+      learnt: what follows from it.
+      asked: whether `given` is a question, which stands between the marks of a turn.
+    """
+
+    given: str
+    learnt: str
+    asked: bool
+
+
 DEFAULT_DIFFICULTY = Difficulty()
 
 
@@ -60,7 +75,7 @@ class Task(Protocol):
         *,
         split: str = "train",
         difficulty: Difficulty = DEFAULT_DIFFICULTY,
-    ) -> str:
+    ) -> Document:
         """Raw text that teaches facts and checking, with no reflection and no tags."""
 
     def verify(self, problem: Problem, answer: str) -> bool:
@@ -93,6 +108,7 @@ __all__ = [
     "HIGH",
     "LOW",
     "Difficulty",
+    "Document",
     "Problem",
     "Task",
     "Trace",

@@ -16,6 +16,7 @@ import numpy as np
 from r1jax.data.tasks.problem import (
     DEFAULT_DIFFICULTY,
     Difficulty,
+    Document,
     Problem,
     Trace,
     TraceMix,
@@ -27,8 +28,8 @@ from r1jax.data.tasks.writing import (
     calculate,
     read_integer,
     read_tries,
-    write_answer,
     write_attempt,
+    write_fact,
     write_steps,
     write_trace,
 )
@@ -76,21 +77,19 @@ def pretrain_text(
     *,
     split: str = "train",
     difficulty: Difficulty = DEFAULT_DIFFICULTY,
-) -> str:
-    """A fact, a checked try (half of them right), or a proposal and its answer."""
+) -> Document:
+    """A fact, or a checked try, half of them right."""
     kind = rng.random()
     if kind < 0.3:  # of any two roots: a held-out equation is a new question, not a new table
         first, second = rng.integers(
             -difficulty.quadratic_root, difficulty.quadratic_root + 1, size=2
         ).tolist()
         operator = "*" if rng.random() < 0.5 else "+"
-        return write_steps([(first, operator, second, calculate(first, operator, second))])
+        return write_fact((first, operator, second, calculate(first, operator, second)))
     problem = sample(rng, split=split, difficulty=difficulty)
     candidate = None if rng.random() < 0.5 else _wrong(rng, problem, set())
     candidate = _candidate(problem, _roots(problem)) if candidate is None else candidate
-    if kind < 0.85:
-        return write_attempt(problem.question, candidate)
-    return write_answer(candidate)
+    return write_attempt(problem, candidate)
 
 
 def verify(problem: Problem, answer: str) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from r1jax.data.tasks.problem import Trace, TraceMix
+from r1jax.data.tasks.problem import Document, Problem, Trace, TraceMix
+
+Step = tuple[int, str, int, int]  # left, operator, right, stated value
 
 # No number that a task accepts is longer; a cap keeps `int` off megabyte literals.
 _LONGEST_INTEGER = 6
@@ -48,7 +50,7 @@ def write_trace(
         is no other; then the right one is taken.
 
     Returns:
-      The trace; its answer is that of the last try.
+      The trace; its answer is that of the last try, and the reasoning ends in `so` and the answer.
     """
     words, tried, chance = [], set(), mix.first_right
     for left in reversed(range(mix.max_tries)):
@@ -63,17 +65,21 @@ def write_trace(
             break
         words.append("wait")
         chance = mix.retry_right
+    words += ["so", candidate.answer]
     return Trace(reasoning=" ".join(words), answer=candidate.answer)
 
 
-def write_attempt(question: str, candidate: Candidate) -> str:
-    """One checked try at a question, as a pre-training text."""
-    return f"{question} try {candidate.proposal} {candidate.check}"
+def write_fact(step: Step) -> Document:
+    """`left operator right =` and the value, as a pre-training document."""
+    left, operator, right, value = step
+    return Document(f"{left} {operator} {right} =", str(value), asked=False)
 
 
-def write_answer(candidate: Candidate) -> str:
-    """A proposal and the answer it leads to, as a pre-training text."""
-    return f"try {candidate.proposal} so {candidate.answer}"
+def write_attempt(problem: Problem, candidate: Candidate) -> Document:
+    """A problem and one checked try at it, concluded if it is right: a pre-training document."""
+    conclusion = f" so {candidate.answer}" if candidate.right else ""
+    text = f"try {candidate.proposal} {candidate.check}{conclusion}"
+    return Document(problem.question, text, asked=True)
 
 
 def read_tries(reasoning: str) -> list[list[str]]:
@@ -102,7 +108,7 @@ def read_integer(word: str) -> int | None:
     return int(word)
 
 
-def read_steps(words: list[str]) -> list[tuple[int, str, int, int]] | None:
+def read_steps(words: list[str]) -> list[Step] | None:
     """Parses `a op b = c , d op e = f …`.
 
     Returns:
@@ -120,7 +126,7 @@ def read_steps(words: list[str]) -> list[tuple[int, str, int, int]] | None:
     return steps
 
 
-def write_steps(steps: list[tuple[int, str, int, int]]) -> str:
+def write_steps(steps: list[Step]) -> str:
     """The inverse of `read_steps`."""
     return " , ".join(f"{left} {op} {right} = {value}" for left, op, right, value in steps)
 
