@@ -19,7 +19,7 @@ MODEL = DenseConfig(
     vocab_size=work.VOCAB, num_layers=work.LAYERS, hidden_size=work.EMBED,
     intermediate_size=work.MLP, num_heads=work.HEADS, num_kv_heads=work.KV_HEADS,
     head_dim=work.HEAD_DIM, qkv_bias=True, tie_embeddings=False, max_position=64,
-    dtype="float32", remat=False, rope=RopeConfig(theta=10_000.0),
+    dtype="float32", remat=False, scan_unroll=work.LAYERS, rope=RopeConfig(theta=10_000.0),
 )  # fmt: skip
 GRPO = GRPOConfig(
     prompts=len(work.PROMPTS), group_size=work.SAMPLES,

@@ -104,13 +104,14 @@ class ModelConfig:
     mtp_depth: int = 1
     dtype: str = "bfloat16"  # of activations; parameters are float32
     remat: bool = True
+    scan_unroll: int = 1  # layers in one turn of a stack's scan: more run and compile as one
     rope: RopeConfig = field(default_factory=lambda: RopeConfig(factor=40.0))
     mla: MLAConfig = field(default_factory=MLAConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self):
         positive(self, "vocab_size", "num_layers", "hidden_size", "intermediate_size")
-        positive(self, "max_position", "init_std")
+        positive(self, "max_position", "init_std", "scan_unroll")
         activations(self.dtype, "model.dtype")
         if not 0 <= self.first_k_dense < self.num_layers:
             raise ValueError(
@@ -139,11 +140,13 @@ class DenseConfig:
     init_std: float = 0.02
     dtype: str = "bfloat16"
     remat: bool = True
+    scan_unroll: int = 1
     rope: RopeConfig = field(default_factory=lambda: RopeConfig(theta=1e6))
 
     def __post_init__(self):
         positive(self, "vocab_size", "num_layers", "hidden_size", "intermediate_size")
         positive(self, "num_heads", "num_kv_heads", "head_dim", "max_position", "init_std")
+        positive(self, "scan_unroll")
         activations(self.dtype, "dtype")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

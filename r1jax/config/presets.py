@@ -20,6 +20,7 @@ def laptop_model() -> ModelConfig:
         mtp_depth=1,
         dtype="float32",
         remat=False,
+        scan_unroll=4,
         rope=RopeConfig(),
         mla=MLAConfig(
             num_heads=4,
@@ -57,6 +58,7 @@ def laptop_student(*, qkv_bias: bool) -> DenseConfig:
         init_std=0.1,
         dtype="float32",
         remat=False,
+        scan_unroll=4,
         rope=RopeConfig(),
     )
 
@@ -100,13 +102,13 @@ def quickstart() -> RecipeConfig:
         students=StudentsConfig(laptop_student(qkv_bias=True), laptop_student(qkv_bias=False)),
         sampling=SamplingConfig(prompt_length=12, max_new_tokens=72),
         evaluation=EvalConfig(problems=48, samples=16),
-        pretrain=sft(1200, 5e-3, examples=40_000),
+        pretrain=sft(1300, 5e-3, examples=40_000),
         cold_start=sft(150, 3e-3, examples=4_000),
         rl_1=rl(30, 6e-4),
-        rejection=RejectionConfig(problems=384, samples=8, keep=4),
+        rejection=RejectionConfig(problems=512, samples=8, keep=4),
         sft_2=sft(150, 3e-3),
-        rl_2=rl(16, 4e-4),
+        rl_2=rl(16, 6e-4),
         distill_data=RejectionConfig(problems=512, samples=8, keep=4),
-        student_pretrain=sft(600, 5e-3, examples=30_000),
-        distill=sft(200, 3e-3),
+        student_pretrain=sft(700, 5e-3, examples=30_000),
+        distill=sft(300, 3e-3),
     )

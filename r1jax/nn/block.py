@@ -21,11 +21,13 @@ class Step(NamedTuple):
         prompt_mask_BTS: [B, T, S] keys of the shared prompt cache that may be attended to.
         own_mask_BTS: [B, T, S'] keys of each row's own cache, this step's included.
         index: scalar int32, first slot of the own cache that this step writes.
+        layer: scalar int32, the layer of the stack that is running.
     """
 
     prompt_mask_BTS: jax.Array
     own_mask_BTS: jax.Array
     index: jax.Array
+    layer: jax.Array | int = 0
 
 
 class Block(nnx.Module):
@@ -49,12 +51,12 @@ class Block(nnx.Module):
         return x_BTD, (entry, stats)
 
     def cached(self, x_BTD: jax.Array, rotation, prompt: Entry, own: Entry, step: Step):
-        """One step over the shared prompt cache and the row's own, which it extends.
+        """One step over the shared prompt cache and the rows' own, which it extends in place.
 
         Args:
             x_BTD: [B, T, D], T new tokens a row.
             prompt: [P, S, ...] arrays, P dividing B.
-            own: [B, S', ...] arrays.
+            own: [L, B, S', ...] arrays of the whole stack, of which this is layer `step.layer`.
 
         Returns:
             (x_BTD, own with the new entries at step.index).
@@ -63,12 +65,13 @@ class Block(nnx.Module):
             h_BTD = self.attention_norm(x_BTD)
             entry = self.attention.entry(h_BTD, rotation)
             own = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), step.index, axis=1)
+                _written(old, new, step.layer, step.index)
                 for old, new in zip(own, entry, strict=True)
             )
+            mine = (jax.lax.dynamic_index_in_dim(x, step.layer, keepdims=False) for x in own)
             parts = (
                 self.attention.Part(*prompt, step.prompt_mask_BTS),
-                self.attention.Part(*own, step.own_mask_BTS),
+                self.attention.Part(*mine, step.own_mask_BTS),
             )
             x_BTD = x_BTD + self.attention.cached(h_BTD, rotation, parts)
         every_BT = jnp.ones(x_BTD.shape[:2], bool)
@@ -80,20 +83,32 @@ class Block(nnx.Module):
         return constrain(x_BTD + y_BTD, "batch", "length", "embed"), stats
 
 
-def run(layers: Block, x_BTD, rotation, mask_BTS, valid_BT, *, remat: bool):
+def run(layers: Block, x_BTD, rotation, mask_BTS, valid_BT, *, remat: bool, unroll: int):
     """A stack of layers in full: (x_BTD, (entries [L, B, T, ...], RouterStats [L, ...]))."""
 
     def body(x, layer):
         return layer(x, rotation, mask_BTS, valid_BT)
 
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x_BTD, layers)
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    return jax.lax.scan(body, x_BTD, layers, unroll=unroll)
 
 
 def run_cached(layers: Block, x_BTD, rotation, *, prompt: Entry, own: Entry, step: Step):
-    """A stack of layers for one step; caches have a leading layer axis: (x_BTD, own)."""
+    """A stack of layers for one step; caches have a leading layer axis: (x_BTD, own).
 
-    def body(x, xs):
-        layer, prompt_layer, own_layer = xs
-        return layer.cached(x, rotation, prompt_layer, own_layer, step)
+    The own cache is carried, not stacked anew: a step writes its entries and copies nothing else.
+    """
 
-    return jax.lax.scan(body, x_BTD, (layers, prompt, own))
+    def body(carry, xs):
+        layer, prompt_layer, index = xs
+        x, own = carry
+        return layer.cached(x, rotation, prompt_layer, own, step._replace(layer=index)), None
+
+    index_L = jnp.arange(own[0].shape[0])
+    return jax.lax.scan(body, (x_BTD, own), (layers, prompt, index_L))[0]
+
+
+def _written(cache_LBS: jax.Array, new_BT: jax.Array, layer, index) -> jax.Array:
+    """The cache [L, B, S, ...] with the entries [B, T, ...] of a layer from slot `index` on."""
+    start = (layer, 0, index) + (0,) * (cache_LBS.ndim - 3)
+    return jax.lax.dynamic_update_slice(cache_LBS, new_BT[None].astype(cache_LBS.dtype), start)

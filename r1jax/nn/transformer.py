@@ -120,8 +120,8 @@ def forward(model, tokens_BT, positions_BT, segments_BT) -> Output:
     mask_BTS, valid_BT = causal_mask(segments_BT), segments_BT > 0
     turn = model.rotation(positions_BT)
     x_BTD = model.embed_tokens(tokens_BT)
-    entries, stats = [], None
+    entries, stats, how = [], None, dict(remat=model.cfg.remat, unroll=model.cfg.scan_unroll)
     for layers in model.stacks():
-        x_BTD, (entry, stats) = run(layers, x_BTD, turn, mask_BTS, valid_BT, remat=model.cfg.remat)
+        x_BTD, (entry, stats) = run(layers, x_BTD, turn, mask_BTS, valid_BT, **how)
         entries.append(entry)
     return Output(model.norm(x_BTD), tuple(entries), stats)

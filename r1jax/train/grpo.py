@@ -14,6 +14,7 @@ from r1jax.rl.advantages import group_advantages, informative_groups
 from r1jax.rl.objectives import grpo_loss
 from r1jax.rl.reduce import token_weights_sequence_mean
 from r1jax.rl.rollout import Rollout, rows_of
+from r1jax.train.program import program
 from r1jax.train.state import Controls, TrainState, accumulate, update
 
 Metrics = dict[str, jax.Array]
@@ -168,4 +169,4 @@ def _report(sums: Metrics) -> Metrics:
 @functools.cache
 def compile_grpo(cfg: UpdateConfig, optimizer: optax.GradientTransformation):
     """`grpo_step` jitted, its state donated; `temperature` is a keyword of the call."""
-    return jax.jit(functools.partial(grpo_step, cfg=cfg, optimizer=optimizer), donate_argnums=0)
+    return program(functools.partial(grpo_step, cfg=cfg, optimizer=optimizer), donate_argnums=0)

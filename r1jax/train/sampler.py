@@ -14,6 +14,7 @@ from r1jax.data.tasks import Problem
 from r1jax.data.template import Template
 from r1jax.data.tokenizer import TaskTokenizer
 from r1jax.rl.rollout import Rollout, rollout
+from r1jax.train.program import program
 from r1jax.train.state import TrainState
 
 
@@ -45,7 +46,7 @@ def compile_rollout(cfg: SamplingConfig, eos_id: int, pad_id: int):
             top_p=cfg.top_p,
         )
 
-    return jax.jit(run)
+    return program(run)
 
 
 class Sampler:

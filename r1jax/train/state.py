@@ -59,9 +59,13 @@ def create(
 
 def restart(state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
     """A copy of the weights with a fresh optimizer: how a stage begins, its state being donated."""
-    params, router = jax.tree.map(lambda x: x.copy(), (state.params, state.router))
-    fresh = jax.jit(optimizer.init)(params)
-    return TrainState(jnp.int32(0), params, router, fresh, state.graphdef)
+
+    @jax.jit
+    def fresh(weights):
+        params, router = jax.tree.map(jnp.copy, weights)
+        return TrainState(jnp.int32(0), params, router, optimizer.init(params), state.graphdef)
+
+    return fresh((state.params, state.router))
 
 
 def accumulate(loss_fn: Callable, params: nnx.State, micro_batches: Any) -> tuple[Any, Any]:
@@ -110,8 +114,7 @@ def update(
     """
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm)
-    safe = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
-    updates, opt = optimizer.update(safe, state.opt, state.params)
+    updates, opt = optimizer.update(grads, state.opt, state.params)
     params = optim.apply(state.params, updates, jnp.asarray(controls.learning_rate))
     router = balance(state.router, load_LE, controls.bias_speed)
     keep = lambda new, old: jax.tree.map(  # noqa: E731

@@ -14,6 +14,7 @@ import optax
 from r1jax.config import ModelConfig
 from r1jax.ops.loss import token_logp
 from r1jax.rl.objectives import sft_loss
+from r1jax.train.program import program
 from r1jax.train.state import Controls, TrainState, accumulate, update
 
 Batch = dict[str, jax.Array]  # tokens, targets, positions, segments, mask: [B, T]
@@ -111,4 +112,4 @@ def compile_supervised(optimizer: optax.GradientTransformation, *, mtp_weight: f
     def step(state, batch, controls):
         return supervised_step(state, batch, controls, optimizer=optimizer, mtp_weight=mtp_weight)
 
-    return jax.jit(step, donate_argnums=0)
+    return program(step, donate_argnums=0)

@@ -57,6 +57,7 @@ def supervised(run):
         template=WORDS.template,
         tokenizer=WORDS.tokenizer,
         length=CFG.pretrain.length,
+        difficulty=CFG.tasks.difficulty,
     )
     cfg = dataclasses.replace(CFG.pretrain, steps=STEPS, bias_freeze=0.5)
     state = tiny.state(CFG.model)
