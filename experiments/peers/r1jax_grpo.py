@@ -13,6 +13,7 @@ from r1jax.nn.dense import DenseTransformer
 from r1jax.optim import adamw
 from r1jax.rl.rollout import rollout
 from r1jax.train.grpo import compile_grpo
+from r1jax.train.program import ahead, program
 from r1jax.train.state import Controls, create, restart
 
 MODEL = DenseConfig(
@@ -39,7 +40,6 @@ def main() -> None:
     valid_PS = np.ones(prompt_PS.shape, bool)
     temperature_B = np.ones(len(prompt_PS) * work.SAMPLES, np.float32)
 
-    @jax.jit
     def sample(state, step):
         key = jax.random.fold_in(jax.random.key(0), step)
         return rollout(
@@ -47,13 +47,21 @@ def main() -> None:
             max_new_tokens=work.NEW_TOKENS, eos_id=None, pad_id=work.PAD,
         )  # fmt: skip
 
+    sample = program(sample)
     update = compile_grpo(GRPO.update, optimizer)
     controls = Controls(np.float32(work.LEARNING_RATE), np.float32(0.0))
     jax.block_until_ready(reference)
     for step in programs.measured_steps(f"r1jax {r1jax.__version__}", compiled):
+        if step == 0:  # as `train.stages.grpo`: the update compiles while the first rollout does
+            rollouts = jax.eval_shape(sample, state.slim(), np.uint32(step))
+            reward = jax.ShapeDtypeStruct(temperature_B.shape, np.float32)
+            compiling = ahead(
+                update, state, reference, rollouts, reward, controls, temperature=np.float32(1.0)
+            )
         done = sample(state.slim(), np.uint32(step))
         texts = ["".join(work.SYMBOLS[i] for i in row) for row in np.asarray(done.tokens_BT)]
         reward_B = np.array(work.reward(texts), np.float32)
+        compiling.join()
         state, metrics = update(
             state, reference, done, reward_B, controls, temperature=np.float32(1.0)
         )

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token log-probabilities from hidden states without ever holding [B, T, vocabulary]."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -39,7 +37,6 @@ def token_logp(
     hidden = jnp.pad(hidden_BTD.reshape(n, d), ((0, pad), (0, 0))).reshape(-1, size, d)
     targets = jnp.pad(targets_BT.reshape(n), (0, pad)).reshape(-1, size)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # inside a scan nothing is merged
     def one(hidden_TD, target_T):
         logits = jnp.einsum(
             "td,dn->tn",
@@ -54,5 +51,10 @@ def token_logp(
         entropy_T = -(jnp.exp(still) * still).sum(-1)
         return logp_T, entropy_T
 
-    _, (logp, entropy) = jax.lax.scan(lambda _, xs: (None, one(*xs)), None, (hidden, targets))
+    if hidden.shape[0] == 1:  # nothing to bound by computing again
+        logp, entropy = one(hidden[0], targets[0])
+    else:
+        # Inside a scan nothing is merged, so the backward pass does compute again.
+        body = jax.checkpoint(lambda _, xs: (None, one(*xs)), prevent_cse=False)
+        _, (logp, entropy) = jax.lax.scan(body, None, (hidden, targets))
     return logp.reshape(-1)[:n].reshape(b, t), entropy.reshape(-1)[:n].reshape(b, t)

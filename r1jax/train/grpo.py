@@ -43,11 +43,15 @@ def completion_logp(model, rows: dict[str, jax.Array], temperature: jax.Array | 
 def micro_batch_loss(
     model, micro: dict[str, jax.Array], *, temperature: jax.Array | float, cfg: UpdateConfig
 ) -> tuple[jax.Array, Metrics]:
-    """`rl.grpo_loss` of one micro-batch with its minibatch's token weights; metrics are sums."""
+    """`rl.grpo_loss` of one micro-batch with its minibatch's token weights; metrics are sums.
+
+    Without `old_logp` in it the update is the only one, and the policy is its own old policy.
+    """
     logp_BT, entropy_BT, load_LE = completion_logp(model, micro, temperature)
+    old_BT = micro.get("old_logp", jax.lax.stop_gradient(logp_BT))
     loss, sums = grpo_loss(
         logp_BT,
-        micro["old_logp"],
+        old_BT,
         micro["ref_logp"],
         micro["advantage"],
         micro["mask"],
@@ -56,8 +60,14 @@ def micro_batch_loss(
         beta=cfg.beta,
         weight_BT=micro["weight"],
     )
-    entropy = jnp.sum(jnp.where(micro["mask"] > 0, entropy_BT, 0.0))
-    return loss, sums | {"loss": loss, "entropy": entropy, "load": load_LE}
+    masked = lambda x_BT: jnp.where(micro["mask"] > 0, x_BT, 0.0).sum()  # noqa: E731
+    sums |= {
+        "loss": loss,
+        "entropy": masked(entropy_BT),
+        "sampler_square_error": masked((old_BT - micro["sampler_logp"]) ** 2),
+        "load": load_LE,
+    }
+    return loss, sums
 
 
 def grpo_step(
@@ -75,8 +85,10 @@ def grpo_step(
 
     The B rows are split into `cfg.minibatches` updates, gone over `cfg.epochs` times; every update
     is summed over `cfg.micro_batches` with whole-minibatch weights. The old log-probabilities are
-    the sampler's. Groups stay whole in advantages; minibatches interleave rows so that each sees
-    all prompts.
+    the trainer's own, computed before the first update: the sampler's differ from them by the
+    rounding of another program, in bfloat16 enough to leave the clip range; how far they differ is
+    reported as `sampler_error`. Groups stay whole in advantages; minibatches interleave rows so
+    that each sees all prompts.
 
     Args:
         state: donated by the caller.
@@ -88,12 +100,17 @@ def grpo_step(
 
     Returns:
         (state, metrics): loss, kl, ratio, ratio_error, clip_fraction, entropy (nats a token),
-        grad_norm, skipped, reward, dead_groups (share of groups without a signal), load [L, E].
+        sampler_error (root mean square difference of log-probabilities), grad_norm, skipped,
+        reward, dead_groups (share of groups without a signal), load [L, E].
     """
     group_size = rollout.tokens_BT.shape[0] // rollout.prompt_PS.shape[0]
     advantage_B = group_advantages(reward_B, group_size=group_size)
     batch = _batch(rollout, advantage_B)
-    batch["ref_logp"] = _reference_logp(state.model(ref_params), batch, temperature, cfg)
+    with jax.named_scope("reference"):
+        batch["ref_logp"] = _frozen_logp(state.model(ref_params), batch, temperature, cfg)
+    if cfg.minibatches * cfg.epochs > 1:
+        with jax.named_scope("old_policy"):
+            batch["old_logp"] = _frozen_logp(state.model(), batch, temperature, cfg)
     shape = (cfg.minibatches, cfg.micro_batches)
     batch = jax.tree.map(lambda x: _interleave(x, *shape), batch)
 
@@ -129,17 +146,16 @@ def _batch(rollout: Rollout, advantage_B: jax.Array) -> dict[str, jax.Array]:
         "segments": segments,
         "completion": rollout.tokens_BT,
         "mask": rollout.mask_BT,
-        "old_logp": rollout.logp_BT,
+        "sampler_logp": rollout.logp_BT,
         "advantage": advantage_B,
     }
 
 
-def _reference_logp(model, batch, temperature, cfg: UpdateConfig) -> jax.Array:
-    """[B, T] log-probabilities under the reference, micro-batch by micro-batch."""
+def _frozen_logp(model, batch, temperature, cfg: UpdateConfig) -> jax.Array:
+    """[B, T] log-probabilities under a policy that is not updated, micro-batch by micro-batch."""
     n = cfg.minibatches * cfg.micro_batches
     pieces = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
-    with jax.named_scope("reference"):
-        logp = jax.lax.map(lambda rows: completion_logp(model, rows, temperature)[0], pieces)
+    logp = jax.lax.map(lambda rows: completion_logp(model, rows, temperature)[0], pieces)
     return logp.reshape(batch["mask"].shape)
 
 
@@ -158,6 +174,7 @@ def _report(sums: Metrics) -> Metrics:
     }
     return per_token | {
         "ratio_error": jnp.sqrt(sums["ratio_square_error"].sum() / tokens),
+        "sampler_error": jnp.sqrt(sums["sampler_square_error"].sum() / tokens),
         "clip_fraction": (sums["clip_low"].sum() + sums["clip_high"].sum()) / tokens,
         "loss": sums["loss"].mean(),
         "grad_norm": sums["grad_norm"].mean(),

@@ -60,6 +60,15 @@ class Sampler:
         """Left-padded prompts [P, S] and their validity; ValueError if one does not fit."""
         return prompt_batch(problems, self.tokenizer, self.template, length=self.cfg.prompt_length)
 
+    def shapes(self, state: TrainState, prompts: int, rows: int) -> Rollout:
+        """Shapes and dtypes of the rollout of so many prompts and rows."""
+        prompt = lambda dtype: jax.ShapeDtypeStruct((prompts, self.cfg.prompt_length), dtype)  # noqa: E731
+        temperature_B = jax.ShapeDtypeStruct((rows,), np.float32)
+        noise = jax.ShapeDtypeStruct((2,), np.uint32)
+        return jax.eval_shape(
+            self.run, state.slim(), prompt(np.int32), prompt(bool), noise, temperature_B
+        )
+
     def __call__(
         self,
         state: TrainState,

@@ -25,6 +25,7 @@ from r1jax.eval.score import score
 from r1jax.rl.rewards import accuracy, combine, format_reward
 from r1jax.train.grpo import compile_grpo
 from r1jax.train.loop import Run, run_stage
+from r1jax.train.program import ahead
 from r1jax.train.sampler import Sampler
 from r1jax.train.state import Controls, TrainState, restart
 from r1jax.train.supervised import compile_supervised, micro_batched
@@ -126,7 +127,12 @@ def grpo(
     """
     optimizer = optim.adamw(cfg.optim)
     step_jit = compile_grpo(cfg.update, optimizer)
+    temperature = np.float32(sampler.cfg.temperature)
     temperatures = [sampler.cfg.temperature] * cfg.group_size
+
+    def controls_at(step):
+        rate = optim.learning_rate(cfg.optim, step, cfg.steps)
+        return Controls(np.float32(rate), np.float32(bias_speed))
 
     def step_fn(step, carry):
         problems = words.problems(cfg.prompts, seed + step, "train")
@@ -137,12 +143,10 @@ def grpo(
             reward_B = combine((cfg.accuracy_weight, cfg.format_weight), right, formed)
         else:
             reward_B = reward_fn(done.problems, done.texts)
-        controls = Controls(
-            np.float32(optim.learning_rate(cfg.optim, step, cfg.steps)), np.float32(bias_speed)
-        )
+        compiling.join()
         new, metrics = step_jit(
-            carry["state"], carry["reference"], done.rollout, reward_B, controls,
-            temperature=np.float32(sampler.cfg.temperature),
+            carry["state"], carry["reference"], done.rollout, reward_B, controls_at(step),
+            temperature=temperature,
         )  # fmt: skip
         renew = cfg.reference_every and (step + 1) % cfg.reference_every == 0
         reference = jax.tree.map(lambda x: x.copy(), new.params) if renew else carry["reference"]
@@ -161,6 +165,16 @@ def grpo(
 
     state = restart(state, optimizer)
     carry = {"state": state, "reference": jax.tree.map(lambda x: x.copy(), state.params)}
+    rows = cfg.prompts * cfg.group_size
+    compiling = ahead(
+        step_jit,
+        state,
+        carry["reference"],
+        sampler.shapes(state, cfg.prompts, rows),
+        jax.ShapeDtypeStruct((rows,), np.float32),
+        controls_at(0),
+        temperature=temperature,
+    )
     carry, seconds = run_stage(run, stage, carry, step_fn, steps=cfg.steps)
     return carry["state"], seconds
 
