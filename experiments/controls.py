@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The controls of a finished quickstart run: how much of what RL brings is RL.
+
+Arms, all from the run's own checkpoints and measured on its held-out problems:
+`rl_1` with a *random reward*; *more cold-start SFT*, on as many tokens as RL trained on; RL after a
+cold start *without any retry*; and for the Qwen2-shaped student *RL alone*: its base model, the
+cold start, then `rl_1`, to be set beside its distillation. The run's own table has the rest.
+
+    python experiments/controls.py runs/quickstart --out runs/controls
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+
+from r1jax.config import RecipeConfig, from_config_dict, to_config_dict
+from r1jax.io import metrics, outdir
+from r1jax.train.loop import Run, load
+from r1jax.train.progress import Silent
+from r1jax.train.recipe import Recipe
+
+COLUMNS = ("pass_at_1", "greedy", "first_try_rate", "self_correction_rate", "reflection_rate")
+
+
+def arm(cfg: RecipeConfig, out: pathlib.Path) -> Recipe:
+    """A recipe with a folder of its own."""
+    outdir.claim(out, to_config_dict(cfg).to_dict())
+    return Recipe(cfg, out, Silent())
+
+
+def trained_tokens(run: pathlib.Path, rows: int) -> int:
+    """Completion tokens that `rl_1` of the run learnt from."""
+    steps = [row for row in metrics.read(run / "metrics.jsonl") if row["stage"] == "rl_1"]
+    return round(sum(row["mean_tokens"] for row in steps) * rows)
+
+
+def main() -> None:
+    """Runs the arms and prints one line each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=pathlib.Path, help="folder of a finished run")
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    args = parser.parse_args()
+    raw = json.loads((args.run / "run.json").read_text())["config"]
+    cfg = from_config_dict(RecipeConfig, raw)
+    source = Run(args.run, raw, Silent(), 1e9)
+    rng, rl = np.random.default_rng(0), cfg.rl_1
+    budget = trained_tokens(args.run, rl.prompts * rl.group_size)
+    per_step = cfg.cold_start.batch_size * cfg.cold_start.length
+    longer = dataclasses.replace(cfg.cold_start, steps=-(-budget // per_step))
+    blunt = dataclasses.replace(cfg.tasks, mix=dataclasses.replace(cfg.tasks.mix, retry=0.0))
+    student = cfg.students.qwen2
+
+    def start(name, changed, stage, model=cfg.model):
+        """A recipe of its own, and the state that a stage of the run left."""
+        recipe = arm(changed, args.out / name)
+        fresh = recipe.fresh("pretrain", model).slim()
+        return recipe, load(source, stage, {"state": fresh})["state"]
+
+    def show(name, recipe):
+        record = recipe.records[-1] | next(iter(recipe.records[-1]["by_task"].values()))
+        shares = "".join(f"{100 * (record[c] or 0.0):12.1f}" for c in COLUMNS)
+        print(f"{name:28}{shares}{record['seconds']:10.0f}", flush=True)
+
+    def noise(problems, texts):
+        return rng.random(len(texts)).astype(np.float32)
+
+    print(f"{'':28}" + "".join(f"{c.split('_rate')[0]:>12.11}" for c in COLUMNS) + "   seconds")
+    recipe, state = start("random", cfg, "cold_start")
+    recipe.stage("rl_1", state, recipe.reinforce("rl_1", rl, noise))
+    show("rl_1, random reward", recipe)
+    recipe, state = start("more_sft", dataclasses.replace(cfg, cold_start=longer), "cold_start")
+    recipe.stage("cold_start", state, recipe.cold_start)
+    show(f"{longer.steps} more steps of SFT", recipe)
+    recipe, state = start("no_retry", dataclasses.replace(cfg, tasks=blunt), "pretrain")
+    state = recipe.stage("cold_start", state, recipe.cold_start)
+    show("cold start without retry", recipe)
+    recipe.stage("rl_1", state, recipe.reinforce("rl_1", rl))
+    show("  and rl_1", recipe)
+    recipe, state = start("student", cfg, "base_qwen2", student)
+    state = recipe.stage("cold_start", state, recipe.cold_start)
+    show("student, cold start", recipe)
+    recipe.stage("rl_1", state, recipe.reinforce("rl_1", rl))
+    show("  and rl_1: RL alone", recipe)
+
+
+if __name__ == "__main__":
+    main()
