@@ -105,10 +105,10 @@ def quickstart() -> RecipeConfig:
         pretrain=sft(1300, 5e-3, examples=40_000),
         cold_start=sft(150, 3e-3, examples=4_000),
         rl_1=rl(30, 6e-4),
-        rejection=RejectionConfig(problems=512, samples=8, keep=4),
+        rejection=RejectionConfig(problems=1024, samples=2, keep=2),
         sft_2=sft(150, 3e-3),
         rl_2=rl(16, 6e-4),
-        distill_data=RejectionConfig(problems=512, samples=8, keep=4),
+        distill_data=RejectionConfig(problems=1280, samples=2, keep=2),
         student_pretrain=sft(700, 5e-3, examples=30_000),
         distill=sft(300, 3e-3),
     )

@@ -23,7 +23,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class RejectionConfig:
-    """Rejection sampling: sample, verify, keep up to `keep` correct traces a problem."""
+    """Rejection sampling: sample, verify, keep up to `keep` distinct correct traces a problem."""
 
     problems: int = 256
     samples: int = 8

@@ -32,7 +32,6 @@ class SFTConfig:
 
     steps: int = 1000
     examples: int = 10_000  # documents generated for it
-    replay: int = 0  # pre-training documents mixed in, against forgetting
     batch_size: int = 32  # packed rows a step
     micro_batches: int = 1
     length: int = 128  # tokens of a packed row
@@ -43,8 +42,8 @@ class SFTConfig:
     def __post_init__(self):
         positive(self, "examples", "batch_size", "micro_batches", "length")
         fraction(self, "bias_freeze")
-        if self.steps < 0 or self.replay < 0:
-            raise ValueError(f"steps and replay must be >= 0, got {self.steps}, {self.replay}")
+        if self.steps < 0:
+            raise ValueError(f"steps must be >= 0, got {self.steps}")
         divides(self.batch_size, "batch_size", self.micro_batches, "micro_batches")
 
 

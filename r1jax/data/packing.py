@@ -80,13 +80,6 @@ def pack(examples: Sequence[Example], *, length: int, pad_id: int) -> Packed:
     return packed
 
 
-def join(first: Packed, second: Packed) -> Packed:
-    """The rows of both, of equal length."""
-    return Packed(
-        **{name: np.concatenate([rows, vars(second)[name]]) for name, rows in vars(first).items()}
-    )
-
-
 def _check(examples: Sequence[Example], length: int) -> None:
     if not examples:
         raise ValueError("pack needs at least one example, got none")

@@ -125,8 +125,11 @@ def losses(metrics: Rows) -> str:
     return _svg(draw, "training loss of the supervised stages")
 
 
-def expert_load(metrics: Rows) -> str:
-    """Load of each expert over time, relative to the even one, a panel per layer; "" if unknown."""
+def expert_load(metrics: Rows, moe_layers: int | None = None) -> str:
+    """Load of each expert over time, relative to the even one, a panel per layer; "" if unknown.
+
+    Of recorded layers beyond the `moe_layers` of the stack, the last is the MTP module.
+    """
     loads = _expert_loads(metrics)
     if loads is None:
         return ""
@@ -138,7 +141,8 @@ def expert_load(metrics: Rows) -> str:
         axes = figure.subplots(1, layers, sharey=True, squeeze=False)[0]
         for layer, axis in enumerate(axes):
             image = _draw_load(axis, relative_TLE[:, layer].T, stages, colours)
-            axis.set_title(f"MoE layer {layer + 1}")
+            of_mtp = moe_layers is not None and layer >= moe_layers
+            axis.set_title("MTP module" if of_mtp else f"MoE layer {layer + 1}")
         axes[0].set_ylabel("expert")
         bar = figure.colorbar(image, ax=list(axes), ticks=[0, 1, 2], pad=0.01, aspect=14)
         bar.ax.set_yticklabels(["idle", "even", "2 ×"])

@@ -53,14 +53,15 @@ def write_report(
         `before_correct`,
         `after_correct`.
     """
-    stages = summary.get("stages", [])
+    stages, model = summary.get("stages", []), summary.get("config", {}).get("model", {})
+    moe_layers = model["num_layers"] - model["first_k_dense"] if model else None
     body = [
         _head(summary, metrics),
         _section("Stages", _TABLE_NOTE, _table(stages)),
         _section("Held-out pass@1", _BARS_NOTE, _figure(figures.bars(stages))),
         _section("Reinforcement learning", _RL_NOTE, _figure(figures.rl_curves(metrics))),
         _section("Supervised stages", _LOSS_NOTE, _figure(figures.losses(metrics))),
-        _section("Expert load", _LOAD_NOTE, _figure(figures.expert_load(metrics))),
+        _section("Expert load", _LOAD_NOTE, _figure(figures.expert_load(metrics, moe_layers))),
         _section("Before and after", _SAMPLES_NOTE, "".join(map(_sample, samples))),
         _footer(summary),
     ]

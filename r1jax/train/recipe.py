@@ -22,7 +22,7 @@ from r1jax.config import (
     to_config_dict,
 )
 from r1jax.data import corpus
-from r1jax.data.packing import Packed, join
+from r1jax.data.packing import Packed
 from r1jax.data.tasks import Problem
 from r1jax.data.tokenizer import task_tokenizer
 from r1jax.eval.heldout import evaluate
@@ -91,7 +91,8 @@ class Recipe:
         self.words = Words(cfg.tasks, tokenizer, stages.template_of(cfg.tasks))
         self.sampler = Sampler(cfg.sampling, tokenizer, self.words.template)
         self.heldout = heldout(cfg, self.words)
-        # A prompt that does not fit is refused here, before anything is trained or written.
+        # What does not fit is refused here, before anything is trained or written.
+        self.cold_start_rows = self.written_traces(cfg.cold_start)
         self.sampler.prompts(self.heldout)
         self.sampler.prompts(self.words.problems(256, cfg.seed, "train"))
         self.records: list[dict[str, Any]] = []
@@ -171,27 +172,31 @@ class Recipe:
         """Next-token training on raw task text: how a base model is made."""
 
         def go(state: TrainState):
-            packed = self.raw_text(cfg.examples, length=cfg.length)
+            packed = corpus.pretrain_corpus(
+                cfg.examples,
+                seed=self.cfg.seed,
+                tasks=self.words.mixture(),
+                template=self.words.template,
+                tokenizer=self.words.tokenizer,
+                length=cfg.length,
+                difficulty=self.cfg.tasks.difficulty,
+            )
             return self._supervised(stage, state, packed, cfg, model)
 
         return go
 
-    def raw_text(self, n: int, *, length: int, part: int = 0) -> Packed:
-        """Pre-training documents; other parts of the corpus are other documents."""
-        return corpus.pretrain_corpus(
-            n,
-            seed=self.cfg.seed + 1_000_003 * part,
-            tasks=self.words.mixture(),
-            template=self.words.template,
-            tokenizer=self.words.tokenizer,
-            length=length,
-            difficulty=self.cfg.tasks.difficulty,
-        )
-
     def cold_start(self, state: TrainState):
         """SFT on written chains of thought, some of them wrong, few of them reflecting."""
         cfg = self.cfg.cold_start
-        packed = corpus.cold_start_corpus(
+        return self._supervised("cold_start", state, self.cold_start_rows, cfg, self.cfg.model)
+
+    def written_traces(self, cfg: SFTConfig) -> Packed:
+        """The cold start's chains of thought, packed.
+
+        Raises:
+            ValueError: one is longer than a row.
+        """
+        return corpus.cold_start_corpus(
             cfg.examples,
             seed=self.cfg.seed,
             tasks=self.words.mixture(),
@@ -201,7 +206,6 @@ class Recipe:
             length=cfg.length,
             difficulty=self.cfg.tasks.difficulty,
         )
-        return self._supervised("cold_start", state, packed, cfg, self.cfg.model)
 
     def reinforce(
         self, stage: str, cfg: GRPOConfig, reward_fn: stages.RewardFn | None = None
@@ -244,7 +248,8 @@ class Recipe:
     ) -> Callable[[], list[dict[str, str]]]:
         """The kept traces of a policy: sampled when first asked for, and read again ever after."""
         path = self.run.out / "traces" / f"{name}.jsonl"
-        rl = self.cfg.rl_1
+        rows = self.cfg.rl_1.prompts * self.cfg.rl_1.group_size
+        samples = cfg.samples if rows % cfg.samples == 0 else self.cfg.rl_1.group_size
 
         def get() -> list[dict[str, str]]:
             if not path.exists():
@@ -255,7 +260,7 @@ class Recipe:
                     cfg,
                     self.sampler,
                     words=self.words,
-                    batch=(rl.prompts, rl.group_size),
+                    batch=(rows // samples, samples),  # as many rows as in RL
                     seed=self.seed("sft_2" if name == "sft_2" else "student_qwen2"),
                 )
                 if not rows:
@@ -290,8 +295,6 @@ class Recipe:
         return write_summary(out, summary)
 
     def _supervised(self, stage, state, packed: Packed, cfg: SFTConfig, model):
-        if cfg.replay:
-            packed = join(packed, self.raw_text(cfg.replay, length=cfg.length, part=1))
         state, seconds = stages.supervised(
             self.run, stage, state, packed, cfg, model=model, seed=self.seed(stage)
         )

@@ -190,13 +190,10 @@ def rejection_sample(
     batch: tuple[int, int],
     seed: int,
 ) -> list[dict[str, str]]:
-    """Samples train problems, keeps up to `cfg.keep` right, well-formed traces of each.
-
-    Equal traces are kept: without them a policy that solves a problem in one way, and fumbles in
-    many, would teach its fumbling.
+    """Samples train problems, keeps up to `cfg.keep` distinct right, well-formed traces of each.
 
     Args:
-        batch: prompts and samples of a call of the sampler, as in RL: nothing is compiled anew.
+        batch: prompts and samples of a call of the sampler.
 
     Returns:
         Rows of task, question and completion.
@@ -218,7 +215,7 @@ def rejection_sample(
             for row in np.flatnonzero(good):
                 traces = found.get(row // group_size)
                 text = done.texts[row]
-                if traces is not None and len(traces) < cfg.keep:
+                if traces is not None and text not in traces and len(traces) < cfg.keep:
                     traces.append(text)
             done_steps += 1
             run.progress.step(done_steps, kept=float(sum(map(len, found.values())) + len(kept)))

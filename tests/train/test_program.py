@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs compile ahead of their first call, once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.train.program import ahead, program
+
+
+@pytest.fixture
+def compilations():
+    """Grows by one with every compilation."""
+    seen = []
+
+    def listen(event, _seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_call_after_the_thread_compiles_nothing(compilations):
+    fn = program(lambda tree, *, scale: jnp.tanh(tree["x"]) * scale, donate_argnums=0)
+    x = jnp.arange(6.0)
+    scale = np.float32(2)
+    ahead(fn, {"x": jax.ShapeDtypeStruct((6,), np.float32)}, scale=scale).join()
+    assert len(compilations) == 1
+    np.testing.assert_allclose(fn({"x": x}, scale=scale), np.tanh(np.arange(6.0)) * 2, rtol=1e-6)
+    assert len(compilations) == 1
+
+
+def test_what_cannot_be_compiled_fails_in_the_call():
+    fn = program(lambda x: x @ x)
+    ahead(fn, jnp.ones((2, 3))).join()
+    with pytest.raises(TypeError, match="dot_general"):
+        fn(jnp.ones((2, 3)))
+
+
+def test_a_level_in_the_flags_stands(monkeypatch):
+    options = {}
+    monkeypatch.setattr(
+        jax, "jit", lambda fn, *, compiler_options: options.update(o=compiler_options)
+    )
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    program(abs)
+    assert options == {"o": None}
+    monkeypatch.setenv("XLA_FLAGS", "")
+    program(abs)
+    assert options == {"o": {"xla_backend_optimization_level": 1}}
