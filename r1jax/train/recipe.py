@@ -253,7 +253,7 @@ class Recipe:
 
         def get() -> list[dict[str, str]]:
             if not path.exists():
-                rows = stages.rejection_sample(
+                kept = stages.rejection_sample(
                     self.run,
                     f"{name}: rejection sampling",
                     state,
@@ -263,9 +263,9 @@ class Recipe:
                     batch=(rows // samples, samples),  # as many rows as in RL
                     seed=self.seed("sft_2" if name == "sft_2" else "student_qwen2"),
                 )
-                if not rows:
+                if not kept:
                     raise StageFailed(nothing_kept(name, cfg))
-                jsonl.write(path, rows)
+                jsonl.write(path, kept)
             return jsonl.read(path)
 
         return get
