@@ -106,9 +106,9 @@ def quickstart() -> RecipeConfig:
         cold_start=sft(150, 3e-3, examples=4_000),
         rl_1=rl(30, 6e-4),
         rejection=RejectionConfig(problems=1024, samples=2, keep=2),
-        sft_2=sft(150, 3e-3),
+        sft_2=sft(250, 3e-3),
         rl_2=rl(16, 6e-4),
         distill_data=RejectionConfig(problems=1280, samples=2, keep=2),
-        student_pretrain=sft(700, 5e-3, examples=30_000),
+        student_pretrain=sft(600, 5e-3, examples=30_000),
         distill=sft(300, 3e-3),
     )

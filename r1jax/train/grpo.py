@@ -85,10 +85,9 @@ def grpo_step(
 
     The B rows are split into `cfg.minibatches` updates, gone over `cfg.epochs` times; every update
     is summed over `cfg.micro_batches` with whole-minibatch weights. The old log-probabilities are
-    the trainer's own, computed before the first update: the sampler's differ from them by the
-    rounding of another program, in bfloat16 enough to leave the clip range; how far they differ is
-    reported as `sampler_error`. Groups stay whole in advantages; minibatches interleave rows so
-    that each sees all prompts.
+    the trainer's own from before the first update: the sampler's differ by another program's
+    rounding, in bfloat16 by more than the clip range; `sampler_error` tells how far. Groups stay
+    whole in advantages; minibatches interleave rows so that each sees all prompts.
 
     Args:
         state: donated by the caller.
@@ -104,13 +103,8 @@ def grpo_step(
         reward, dead_groups (share of groups without a signal), load [L, E].
     """
     group_size = rollout.tokens_BT.shape[0] // rollout.prompt_PS.shape[0]
-    advantage_B = group_advantages(reward_B, group_size=group_size)
-    batch = _batch(rollout, advantage_B)
-    with jax.named_scope("reference"):
-        batch["ref_logp"] = _frozen_logp(state.model(ref_params), batch, temperature, cfg)
-    if cfg.minibatches * cfg.epochs > 1:
-        with jax.named_scope("old_policy"):
-            batch["old_logp"] = _frozen_logp(state.model(), batch, temperature, cfg)
+    batch = _batch(rollout, group_advantages(reward_B, group_size=group_size))
+    batch |= _still_logp(state, ref_params, batch, temperature, cfg=cfg)
     shape = (cfg.minibatches, cfg.micro_batches)
     batch = jax.tree.map(lambda x: _interleave(x, *shape), batch)
 
@@ -149,6 +143,16 @@ def _batch(rollout: Rollout, advantage_B: jax.Array) -> dict[str, jax.Array]:
         "sampler_logp": rollout.logp_BT,
         "advantage": advantage_B,
     }
+
+
+def _still_logp(state: TrainState, ref_params, batch, temperature, *, cfg) -> dict[str, jax.Array]:
+    """Log-probabilities that no update moves: the reference's, and the old policy's if needed."""
+    with jax.named_scope("reference"):
+        found = {"ref_logp": _frozen_logp(state.model(ref_params), batch, temperature, cfg)}
+    if cfg.minibatches * cfg.epochs > 1:
+        with jax.named_scope("old_policy"):
+            found["old_logp"] = _frozen_logp(state.model(), batch, temperature, cfg)
+    return found
 
 
 def _frozen_logp(model, batch, temperature, cfg: UpdateConfig) -> jax.Array:

@@ -16,7 +16,7 @@ def program(fn: Callable, **how) -> Callable:
     """`jax.jit(fn, **how)` with the compiler set for whole steps.
 
     On CPUs LLVM's first optimisation level compiles these programs a fifth faster than the default,
-    its third, and they run as fast (`experiments/log/004_grpo_iteration.md`). A level in XLA_FLAGS
+    its third, and they run as fast (measured in `experiments/log/003_…`). A level in XLA_FLAGS
     stands.
     """
     on_cpu = jax.default_backend() == "cpu" and _LEVEL not in os.environ.get("XLA_FLAGS", "")

@@ -26,7 +26,7 @@ from r1jax.rl.rewards import accuracy, combine, format_reward
 from r1jax.train.grpo import compile_grpo
 from r1jax.train.loop import Run, run_stage
 from r1jax.train.program import ahead
-from r1jax.train.sampler import Sampler
+from r1jax.train.sampler import Completions, Sampler
 from r1jax.train.state import Controls, TrainState, restart
 from r1jax.train.supervised import compile_supervised, micro_batched
 
@@ -149,34 +149,33 @@ def grpo(
             temperature=temperature,
         )  # fmt: skip
         renew = cfg.reference_every and (step + 1) % cfg.reference_every == 0
-        reference = jax.tree.map(lambda x: x.copy(), new.params) if renew else carry["reference"]
+        reference = _copied(new.params) if renew else carry["reference"]
 
         def row():
-            scores = score(done.problems, done.texts, done.tokens_B, words.template)
-            seen = {
-                "accuracy": right.mean(),
-                "format": formed.mean(),
-                "mean_tokens": done.tokens_B.mean(),
-                "reflection": scores.reflects.mean(),
-            }
+            seen = {"accuracy": right.mean(), "format": formed.mean()} | _seen(done, words)
             return {k: v for k, v in metrics.items() if k != "load"} | seen | load_row(metrics)
 
         return {"state": new, "reference": reference}, row
 
-    state = restart(state, optimizer)
-    carry = {"state": state, "reference": jax.tree.map(lambda x: x.copy(), state.params)}
-    rows = cfg.prompts * cfg.group_size
+    carry = {"state": restart(state, optimizer), "reference": _copied(state.params)}
+    rollouts = sampler.shapes(state, cfg.prompts, cfg.prompts * cfg.group_size)
+    reward_B = rollouts.ended_B.update(dtype=np.float32)
     compiling = ahead(
-        step_jit,
-        state,
-        carry["reference"],
-        sampler.shapes(state, cfg.prompts, rows),
-        jax.ShapeDtypeStruct((rows,), np.float32),
-        controls_at(0),
-        temperature=temperature,
+        step_jit, *carry.values(), rollouts, reward_B, controls_at(0), temperature=temperature
     )
     carry, seconds = run_stage(run, stage, carry, step_fn, steps=cfg.steps)
     return carry["state"], seconds
+
+
+def _copied(params):
+    """Arrays of their own: the state's are donated."""
+    return jax.tree.map(lambda x: x.copy(), params)
+
+
+def _seen(done: Completions, words: Words) -> dict[str, float]:
+    """What the metrics tell of completions beside their rewards."""
+    scores = score(done.problems, done.texts, done.tokens_B, words.template)
+    return {"mean_tokens": done.tokens_B.mean(), "reflection": scores.reflects.mean()}
 
 
 def rejection_sample(

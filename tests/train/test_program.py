@@ -25,7 +25,7 @@ def compilations():
 
 def test_a_call_after_the_thread_compiles_nothing(compilations):
     fn = program(lambda tree, *, scale: jnp.tanh(tree["x"]) * scale, donate_argnums=0)
-    x = jnp.arange(6.0)
+    x = jax.device_put(np.arange(6, dtype=np.float32))
     scale = np.float32(2)
     ahead(fn, {"x": jax.ShapeDtypeStruct((6,), np.float32)}, scale=scale).join()
     assert len(compilations) == 1
