@@ -86,11 +86,12 @@ def test_what_is_cached():
     assert shapes == [[(1, 2, 7, c), (1, 2, 7, r)], [(2, 2, 7, c), (2, 2, 7, r)]]
 
 
-def test_remat_changes_nothing():
+@pytest.mark.parametrize("changes", [dict(remat=True), dict(scan_unroll=2), dict(scan_unroll=5)])
+def test_how_a_stack_is_run_changes_nothing(changes):
     batch = tiny.whole_rows(tiny.tokens(1, 1, 5))
     results = []
-    for remat in (False, True):
-        model = tiny.model(tiny.dense_config(qwen2=False, remat=remat))
+    for how in ({}, changes):
+        model = tiny.model(tiny.dense_config(qwen2=False, **how))
         results.append(jax.jit(jax.grad(lambda m: (tiny.logits(m, *batch) ** 2).sum()))(model))
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, rtol=SAME, atol=SAME * np.abs(b).max())
