@@ -28,7 +28,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Next-token training on packed rows: pre-training (every token) and SFT (completions only)."""
+    """Next-token training on packed rows: pre-training (what follows a question) and SFT."""
 
     steps: int = 1000
     examples: int = 10_000  # documents generated for it

@@ -36,7 +36,8 @@ def pretrain_corpus(
       n: number of texts.
       seed: the same seed gives the same corpus.
       tasks: names, or name -> weight.
-      template: whose turn marks stand around questions; its tags appear nowhere.
+      template: its turn marks stand around questions, its reasoning tags around tries; its answer
+        tags appear nowhere.
       tokenizer: turns words into ids.
       length: ids in a packed row.
       difficulty: sizes of the problems.
