@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from r1jax.data.packing import Packed, example, pack
-from r1jax.data.tasks import DEFAULT_DIFFICULTY, TASKS, Difficulty, Problem, TraceMix, mixture
+from r1jax.data.tasks import (
+    DEFAULT_DIFFICULTY,
+    TASKS,
+    Difficulty,
+    Document,
+    Problem,
+    TraceMix,
+    mixture,
+)
 from r1jax.data.template import Template, completion, prompt
 from r1jax.data.tokenizer import TaskTokenizer
 
@@ -48,14 +56,22 @@ def pretrain_corpus(
     rng = np.random.default_rng((seed, _PRETRAIN))
     examples = []
     for name in _draw_tasks(rng, n, tasks):
-        text = TASKS[name].pretrain_text(rng, difficulty=difficulty)
-        given, learnt = f"{template.bos} {text.given}", text.learnt
-        if text.asked:
-            given = prompt(text.given, template)
-            learnt = f"{template.think_open} {learnt} {template.think_close}"
-        learnt = f"{learnt} {template.eos}"
+        given, learnt = pretrain_words(
+            TASKS[name].pretrain_text(rng, difficulty=difficulty), template
+        )
         examples.append(example(tokenizer.encode(given), tokenizer.encode(learnt)))
     return pack(examples, length=length, pad_id=tokenizer.pad_id)
+
+
+def pretrain_words(text: Document, template: Template) -> tuple[str, str]:
+    """What is given and what is learnt of a document, with the template's marks around them."""
+    if not text.question:
+        return f"{template.bos} {text.given}", f"{text.learnt} {template.eos}"
+    question = prompt(text.question, template)
+    learnt = f"{text.learnt} {template.think_close} {template.eos}"
+    if text.given:
+        return f"{question} {template.think_open} {text.given}", learnt
+    return question, f"{template.think_open} {learnt}"
 
 
 def cold_start_corpus(

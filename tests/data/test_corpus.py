@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Corpora: reproducible, of the right split, and a data order that depends on the step alone."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -45,7 +47,7 @@ def test_pretraining_rows_hold_whole_texts():
     assert all(ids[0] == TOKENIZER.bos_id and ids[-1] == TOKENIZER.eos_id for ids in found)
 
 
-def test_pretraining_learns_what_is_not_drawn():
+def test_pretraining_learns_what_is_not_drawn_and_no_slip():
     packed, learnt = pretrain(), 0
     for ids in documents(packed):
         text = TOKENIZER.decode(ids)
@@ -54,7 +56,8 @@ def test_pretraining_learns_what_is_not_drawn():
             assert after.startswith("<think> try ")
             assert after.endswith(" </think> <eos>")
             assert "<answer>" not in text
-            learnt += len(after.split())
+            slip = re.match(r"<think> try (?=-?\d+ \*)[^:]* = (-?\d+) (?=:.* no )", after)
+            learnt += len(after.split()) - (len(slip[0].split()) if slip else 0)
         else:
             learnt += 2  # the value and the end
     assert packed.mask_NT.sum() == learnt

@@ -70,6 +70,13 @@ def test_unknown_split_is_refused(name):
         TASKS[name].sample(np.random.default_rng(0), split="test")
 
 
+def test_a_split_without_problems_is_refused_and_not_searched_for_ever():
+    one = Difficulty(arithmetic_operations=(1,), arithmetic_largest=2)  # 2 * 2 and no other
+    split = {"train": "heldout", "heldout": "train"}[split_of("arithmetic 2 2")]
+    with pytest.raises(ValueError, match=f"no {split} problem in .*widen tasks.difficulty"):
+        TASKS["arithmetic"].sample(np.random.default_rng(0), split=split, difficulty=one)
+
+
 def test_questions_read_as_documented():
     assert quadratic.make(-5, 6).question == "solve x ^ 2 - 5 x + 6 = 0"
     assert quadratic.make(0, -25).question == "solve x ^ 2 - 25 = 0"

@@ -37,7 +37,8 @@ def test_every_text_comes_back_and_the_longest_are_known(name, template):
         trace = task.cold_start(rng, problem, mix)
         asked, done = prompt(problem.question, template), completion(trace, template)
         raw = task.pretrain_text(rng)
-        texts = ((asked, prompts), (done, completions), (raw.given, []), (raw.learnt, []))
+        raws = [(part, []) for part in (raw.question, raw.given, raw.learnt) if part]
+        texts = ((asked, prompts), (done, completions), *raws)
         for text, lengths in texts:
             ids = TOKENIZER.encode(text)
             assert TOKENIZER.unk_id not in ids

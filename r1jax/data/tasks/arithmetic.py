@@ -22,8 +22,7 @@ from r1jax.data.tasks.problem import (
     Problem,
     Trace,
     TraceMix,
-    check_split,
-    split_of,
+    drawn_from,
 )
 from r1jax.data.tasks.writing import (
     Candidate,
@@ -42,22 +41,24 @@ NAME = "arithmetic"
 _SLIPS = (-10, -2, -1, 1, 2, 10)
 
 _FACTS = 0.45  # share of pre-training texts that are one fact
-_GUESSED = 0.4  # share of pre-training tries that are guesses, half of them right
+_GUESSED = 0.3  # share of pre-training tries that are guesses, half of them right
+_SLIPPED = 0.3  # share of them that work out a miscopied chain: these are judged, never learnt
 
 
 def sample(
     rng: np.random.Generator, *, split: str, difficulty: Difficulty = DEFAULT_DIFFICULTY
 ) -> Problem:
     """A chain whose values all lie in LOW..HIGH; see `Task.sample`."""
-    check_split(split)
     choices, largest = difficulty.arithmetic_operations, difficulty.arithmetic_largest
-    while True:
+
+    def draw():
         count = choices[rng.integers(len(choices))]
         factors = rng.integers(2, largest + 1, size=2).tolist()
         terms = rng.integers(1, largest + 1, size=count - 1) * rng.choice((-1, 1), size=count - 1)
         problem = make(tuple(factors), tuple(terms.tolist()))
-        if split_of(problem.key) == split and _in_range(_steps(problem.given)):
-            return problem
+        return problem if _in_range(_steps(problem.given)) else None
+
+    return drawn_from(split, draw)
 
 
 def make(factors: tuple[int, int], terms: tuple[int, ...]) -> Problem:
@@ -90,7 +91,7 @@ def pretrain_text(
     split: str = "train",
     difficulty: Difficulty = DEFAULT_DIFFICULTY,
 ) -> Document:
-    """A fact, or a checked try: worked out, or a guess that is right as often as wrong.
+    """A fact, or a checked try: worked out, a guess that is right as often as wrong, or a slip.
 
     Facts are taken from all chains: a held-out chain is a new question, not a new addition table.
     """
@@ -103,7 +104,12 @@ def pretrain_text(
     if fact:
         steps = [*_steps(problem.given), *_undo(problem.given, guess.identity[0])]
         return write_fact(steps[rng.integers(len(steps))])
-    return write_attempt(problem, guess if rng.random() < _GUESSED else _worked(problem))
+    kind = rng.random()
+    if kind < _GUESSED:
+        return write_attempt(problem, guess)
+    if kind < _GUESSED + _SLIPPED:
+        return write_attempt(problem, _slipped(rng, problem, difficulty), judged=True)
+    return write_attempt(problem, _worked(problem))
 
 
 def verify(problem: Problem, answer: str) -> bool:
@@ -155,6 +161,21 @@ def _in_range(steps: list[Step]) -> bool:
 
 def _worked(problem: Problem) -> Candidate:
     return _candidate(problem, write_steps(_steps(problem.given)), _value(problem))
+
+
+def _slipped(rng: np.random.Generator, problem: Problem, difficulty: Difficulty) -> Candidate:
+    """A worked try with one number miscopied, or the right one where none can be."""
+    right, given = _value(problem), problem.given
+    numbers = range(1, difficulty.arithmetic_largest + 1)
+    options = []
+    for place, old in enumerate(given):
+        for number in numbers[1:] if place < 2 else (*numbers, *(-n for n in numbers)):
+            steps = _steps((*given[:place], number, *given[place + 1 :]))
+            value = steps[-1][3]
+            if number != old and value != right and _in_range([*steps, *_undo(given, value)]):
+                options.append(steps)
+    steps = options[rng.integers(len(options))] if options else _steps(given)
+    return _candidate(problem, write_steps(steps), steps[-1][3])
 
 
 def _guess(problem: Problem, value: int) -> Candidate:

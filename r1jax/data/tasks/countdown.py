@@ -23,8 +23,7 @@ from r1jax.data.tasks.problem import (
     Problem,
     Trace,
     TraceMix,
-    check_split,
-    split_of,
+    drawn_from,
 )
 from r1jax.data.tasks.writing import (
     Candidate,
@@ -52,17 +51,17 @@ def sample(
     rng: np.random.Generator, *, split: str, difficulty: Difficulty = DEFAULT_DIFFICULTY
 ) -> Problem:
     """A problem that is reachable by construction; see `Task.sample`."""
-    check_split(split)
     choices = difficulty.countdown_numbers
-    while True:
+
+    def draw():
         count = choices[rng.integers(len(choices))]
         numbers = rng.integers(1, difficulty.countdown_largest + 1, size=count).tolist()
         steps = _draw_chain(rng, numbers)
         if steps is None or not 1 <= steps[-1][3] <= difficulty.countdown_target:
-            continue
-        problem = make(tuple(numbers), steps[-1][3])
-        if split_of(problem.key) == split:
-            return problem
+            return None
+        return make(tuple(numbers), steps[-1][3])
+
+    return drawn_from(split, draw)
 
 
 def make(numbers: tuple[int, ...], target: int) -> Problem:

@@ -3,6 +3,7 @@
 
 import dataclasses
 import zlib
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ LOW, HIGH = -LARGEST_INTEGER, LARGEST_INTEGER
 """Every integer that a task ever writes lies in LOW..HIGH; the tokenizer has one token for each."""
 
 _HELD_OUT_SHARE = 0.2
+_DRAWS = 10_000  # in a row without a problem of the split, after which it counts as empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +44,17 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A pre-training document.
+    """A pre-training document: one that answers a question, or raw text.
 
     Attributes:
-      given: what is drawn at random: a question, or one side of an equation.
-      learnt: what follows from it.
-      asked: whether `given` is a question, which stands between the marks of a turn.
+      question: stands between the marks of a turn; empty in raw text.
+      given: what is drawn at random: one side of an equation, or a try that is to be judged.
+      learnt: what follows from both.
     """
 
+    question: str
     given: str
     learnt: str
-    asked: bool
 
 
 DEFAULT_DIFFICULTY = Difficulty()
@@ -97,10 +99,19 @@ def split_of(key: str) -> str:
     return "heldout" if zlib.crc32(key.encode()) % 1000 < 1000 * _HELD_OUT_SHARE else "train"
 
 
-def check_split(split: str) -> None:
-    """Raises ValueError unless `split` is one of the two names, so that a loop over it can end."""
+def drawn_from(split: str, draw: Callable[[], Problem | None]) -> Problem:
+    """The first problem of the split that `draw` brings; its None are passed over.
+
+    Raises:
+      ValueError: no such split, or none of its problems among very many draws.
+    """
     if split not in ("train", "heldout"):
         raise ValueError(f'split must be "train" or "heldout", got {split!r}')
+    for _ in range(_DRAWS):
+        problem = draw()
+        if problem is not None and split_of(problem.key) == split:
+            return problem
+    raise ValueError(f"no {split} problem in {_DRAWS} draws; widen tasks.difficulty")
 
 
 __all__ = [

@@ -20,8 +20,7 @@ from r1jax.data.tasks.problem import (
     Problem,
     Trace,
     TraceMix,
-    check_split,
-    split_of,
+    drawn_from,
 )
 from r1jax.data.tasks.writing import (
     Candidate,
@@ -42,13 +41,13 @@ def sample(
     rng: np.random.Generator, *, split: str, difficulty: Difficulty = DEFAULT_DIFFICULTY
 ) -> Problem:
     """A problem with two integer roots; see `Task.sample`."""
-    check_split(split)
     bound = difficulty.quadratic_root
-    while True:
+
+    def draw():
         first, second = rng.integers(-bound, bound + 1, size=2).tolist()
-        problem = make(-(first + second), first * second)
-        if split_of(problem.key) == split:
-            return problem
+        return make(-(first + second), first * second)
+
+    return drawn_from(split, draw)
 
 
 def make(b: int, c: int) -> Problem:

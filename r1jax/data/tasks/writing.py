@@ -72,14 +72,20 @@ def write_trace(
 def write_fact(step: Step) -> Document:
     """`left operator right =` and the value, as a pre-training document."""
     left, operator, right, value = step
-    return Document(f"{left} {operator} {right} =", str(value), asked=False)
+    return Document("", f"{left} {operator} {right} =", str(value))
 
 
-def write_attempt(problem: Problem, candidate: Candidate) -> Document:
-    """A problem and one checked try at it, concluded if it is right: a pre-training document."""
-    conclusion = f" so {candidate.answer}" if candidate.right else ""
-    text = f"try {candidate.proposal} {candidate.check}{conclusion}"
-    return Document(problem.question, text, asked=True)
+def write_attempt(problem: Problem, candidate: Candidate, *, judged: bool = False) -> Document:
+    """A problem, one try at it, its check and its conclusion: a pre-training document.
+
+    Args:
+      judged: the try is given, and only the check and what follows are learnt: how a model learns
+        to find faults without learning to make them.
+    """
+    proposal, check = f"try {candidate.proposal}", f"{candidate.check} so {candidate.answer}"
+    if judged:
+        return Document(problem.question, proposal, check)
+    return Document(problem.question, "", f"{proposal} {check}")
 
 
 def read_tries(reasoning: str) -> list[list[str]]:
