@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from r1jax.config import OptimConfig
@@ -18,7 +19,8 @@ from r1jax.config import OptimConfig
 def adamw(cfg: OptimConfig) -> optax.GradientTransformation:
     """Clip by global norm, Adam, decoupled weight decay on matrices (Loshchilov & Hutter 2019).
 
-    The update still has to be multiplied by −learning rate: see `apply`.
+    Its `update` takes the gradient's norm as `grad_norm`, and what it returns still has to be
+    multiplied by −learning rate: see `apply`.
     """
     return _chain(cfg.clip_norm, cfg.b1, cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
 
@@ -26,10 +28,21 @@ def adamw(cfg: OptimConfig) -> optax.GradientTransformation:
 @functools.cache  # stages that differ in learning rate only share one compiled step
 def _chain(clip_norm: float, b1: float, b2: float, *, eps: float, weight_decay: float):
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
+        clip_to_norm(clip_norm),
         optax.scale_by_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay, mask=decayed),
     )
+
+
+def clip_to_norm(largest: float) -> optax.GradientTransformationExtraArgs:
+    """Clip by global norm, the norm given to `update` as `grad_norm`: a step needs it anyway."""
+
+    def update(updates, state, params=None, *, grad_norm: jax.Array, **_):
+        del params
+        scale = largest / jnp.maximum(grad_norm, largest)
+        return jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def decayed(params: Any) -> Any:

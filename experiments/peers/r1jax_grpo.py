@@ -13,7 +13,7 @@ from r1jax.nn.dense import DenseTransformer
 from r1jax.optim import adamw
 from r1jax.rl.rollout import rollout
 from r1jax.train.grpo import compile_grpo
-from r1jax.train.program import ahead, program
+from r1jax.train.program import Ahead, program
 from r1jax.train.state import Controls, create, restart
 
 MODEL = DenseConfig(
@@ -52,16 +52,16 @@ def main() -> None:
     controls = Controls(np.float32(work.LEARNING_RATE), np.float32(0.0))
     jax.block_until_ready(reference)
     for step in programs.measured_steps(f"r1jax {r1jax.__version__}", compiled):
-        if step == 0:  # as `train.stages.grpo`: the update compiles while the first rollout does
-            rollouts = jax.eval_shape(sample, state.slim(), np.uint32(step))
-            reward = jax.ShapeDtypeStruct(temperature_B.shape, np.float32)
-            compiling = ahead(
+        if step == 0:  # as `train.stages.grpo`: the programs compile side by side
+            rollouts = Ahead(sample, state.slim(), np.uint32(step)).shapes
+            reward = np.empty(temperature_B.shape, np.float32)
+            updating = Ahead(
                 update, state, reference, rollouts, reward, controls, temperature=np.float32(1.0)
-            )
+            ).start()
         done = sample(state.slim(), np.uint32(step))
         texts = ["".join(work.SYMBOLS[i] for i in row) for row in np.asarray(done.tokens_BT)]
         reward_B = np.array(work.reward(texts), np.float32)
-        compiling.join()
+        updating.join()
         state, metrics = update(
             state, reference, done, reward_B, controls, temperature=np.float32(1.0)
         )

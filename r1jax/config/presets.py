@@ -107,8 +107,8 @@ def quickstart() -> RecipeConfig:
         rl_1=rl(30, 6e-4),
         rejection=RejectionConfig(problems=512, samples=8, keep=4),
         sft_2=sft(150, 3e-3),
-        rl_2=rl(20, 6e-4),
+        rl_2=rl(30, 6e-4),
         distill_data=RejectionConfig(problems=1280, samples=2, keep=2),
-        student_pretrain=sft(600, 5e-3, examples=30_000),
+        student_pretrain=sft(900, 5e-3, examples=30_000),
         distill=sft(300, 3e-3),
     )

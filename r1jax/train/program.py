@@ -23,26 +23,33 @@ def program(fn: Callable, **how) -> Callable:
     return jax.jit(fn, compiler_options={_LEVEL: 1} if on_cpu else None, **how)
 
 
-def ahead(fn: Callable, *args: Any, **kwargs: Any) -> threading.Thread:
-    """Starts compiling a `program` for such arguments while other work goes on.
+class Ahead:
+    """A `program` traced for such arguments before its first call, and compiled while other work
+    goes on.
 
-    A call after the thread has ended finds the program compiled; one before it compiles it again,
-    so join it first. If it cannot be compiled, the call says why.
+    Tracing is done at once: it is Python, which two threads would only do in turns. What cannot be
+    traced raises here, what cannot be compiled raises in the call.
 
-    Args:
-        args, kwargs: arrays, or anything with their shape and dtype.
+    Attributes:
+        shapes: what a call returns, as `jax.ShapeDtypeStruct`s.
     """
-    abstract = lambda x: x if _is_shape(x) else jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-    args, kwargs = jax.tree.map(abstract, (args, kwargs))
 
-    def compile_it():
+    def __init__(self, fn: Callable, *args: Any, **kwargs: Any):
+        """Args: a `program`; arrays, or anything with their shape and dtype."""
+        abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+        self._lowered = fn.lower(*jax.tree.map(abstract, args), **jax.tree.map(abstract, kwargs))
+        self.shapes = jax.tree.map(abstract, self._lowered.out_info)
+        self._thread = threading.Thread(target=self._compile, daemon=True)
+
+    def _compile(self):
         with contextlib.suppress(Exception):
-            fn.lower(*args, **kwargs).compile()
+            self._lowered.compile()
 
-    thread = threading.Thread(target=compile_it, daemon=True)
-    thread.start()
-    return thread
+    def start(self) -> "Ahead":
+        """Starts compiling in a thread; until `join`, a call would compile it again."""
+        self._thread.start()
+        return self
 
-
-def _is_shape(x: Any) -> bool:
-    return isinstance(x, jax.ShapeDtypeStruct)
+    def join(self) -> None:
+        """Waits until it is compiled."""
+        self._thread.join()

@@ -14,7 +14,7 @@ from r1jax.data.tasks import Problem
 from r1jax.data.template import Template
 from r1jax.data.tokenizer import TaskTokenizer
 from r1jax.rl.rollout import Rollout, rollout
-from r1jax.train.program import program
+from r1jax.train.program import Ahead, program
 from r1jax.train.state import TrainState
 
 
@@ -60,14 +60,11 @@ class Sampler:
         """Left-padded prompts [P, S] and their validity; ValueError if one does not fit."""
         return prompt_batch(problems, self.tokenizer, self.template, length=self.cfg.prompt_length)
 
-    def shapes(self, state: TrainState, prompts: int, rows: int) -> Rollout:
-        """Shapes and dtypes of the rollout of so many prompts and rows."""
-        prompt = lambda dtype: jax.ShapeDtypeStruct((prompts, self.cfg.prompt_length), dtype)  # noqa: E731
-        temperature_B = jax.ShapeDtypeStruct((rows,), np.float32)
-        noise = jax.ShapeDtypeStruct((2,), np.uint32)
-        return jax.eval_shape(
-            self.run, state.slim(), prompt(np.int32), prompt(bool), noise, temperature_B
-        )
+    def ahead(self, state: TrainState, prompts: int, group_size: int) -> Ahead:
+        """The traced rollout of so many prompts and samples of each."""
+        prompt = lambda dtype: np.empty((prompts, self.cfg.prompt_length), dtype)  # noqa: E731
+        noise, temperature_B = np.empty(2, np.uint32), np.empty(prompts * group_size, np.float32)
+        return Ahead(self.run, state.slim(), prompt(np.int32), prompt(bool), noise, temperature_B)
 
     def __call__(
         self,

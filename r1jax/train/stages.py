@@ -23,9 +23,10 @@ from r1jax.data.template import PRIMER_RL, R1, Template, prompt
 from r1jax.data.tokenizer import TaskTokenizer
 from r1jax.eval.score import score
 from r1jax.rl.rewards import accuracy, combine, format_reward
+from r1jax.rl.rollout import Rollout
 from r1jax.train.grpo import compile_grpo
 from r1jax.train.loop import Run, run_stage
-from r1jax.train.program import ahead
+from r1jax.train.program import Ahead
 from r1jax.train.sampler import Completions, Sampler
 from r1jax.train.state import Controls, TrainState, restart
 from r1jax.train.supervised import compile_supervised, micro_batched
@@ -134,16 +135,16 @@ def grpo(
         rate = optim.learning_rate(cfg.optim, step, cfg.steps)
         return Controls(np.float32(rate), np.float32(bias_speed))
 
+    compiling: list[Ahead] = []
+
     def step_fn(step, carry):
+        if not compiling:  # in the first step: a finished stage compiles nothing
+            rollouts = sampler.ahead(carry["state"], cfg.prompts, len(temperatures)).shapes
+            compiling.append(_compiling(step_jit, carry, rollouts, controls_at(0), temperature))
         problems = words.problems(cfg.prompts, seed + step, "train")
         done = sampler(carry["state"], problems, (seed, step), temperatures)
-        right = accuracy(done.problems, done.texts, words.template)
-        formed = format_reward(done.texts, words.template)
-        if reward_fn is None:
-            reward_B = combine((cfg.accuracy_weight, cfg.format_weight), right, formed)
-        else:
-            reward_B = reward_fn(done.problems, done.texts)
-        compiling.join()
+        reward_B, shares = _rewards(done, cfg, words, reward_fn)
+        compiling[0].join()
         new, metrics = step_jit(
             carry["state"], carry["reference"], done.rollout, reward_B, controls_at(step),
             temperature=temperature,
@@ -152,24 +153,37 @@ def grpo(
         reference = _copied(new.params) if renew else carry["reference"]
 
         def row():
-            seen = {"accuracy": right.mean(), "format": formed.mean()} | _seen(done, words)
-            return {k: v for k, v in metrics.items() if k != "load"} | seen | load_row(metrics)
+            seen = shares | _seen(done, words) | load_row(metrics)
+            return {k: v for k, v in metrics.items() if k != "load"} | seen
 
         return {"state": new, "reference": reference}, row
 
     carry = {"state": restart(state, optimizer), "reference": _copied(state.params)}
-    rollouts = sampler.shapes(state, cfg.prompts, cfg.prompts * cfg.group_size)
-    reward_B = rollouts.ended_B.update(dtype=np.float32)
-    compiling = ahead(
-        step_jit, *carry.values(), rollouts, reward_B, controls_at(0), temperature=temperature
-    )
     carry, seconds = run_stage(run, stage, carry, step_fn, steps=cfg.steps)
     return carry["state"], seconds
+
+
+def _compiling(step_jit, carry, rollouts: Rollout, controls: Controls, temperature) -> Ahead:
+    """The step, compiling in a thread: the sampler compiles in its first call meanwhile."""
+    rewards_B = rollouts.ended_B.update(dtype=np.float32)
+    args = carry["state"], carry["reference"], rollouts, rewards_B, controls
+    return Ahead(step_jit, *args, temperature=temperature).start()
 
 
 def _copied(params):
     """Arrays of their own: the state's are donated."""
     return jax.tree.map(lambda x: x.copy(), params)
+
+
+def _rewards(done: Completions, cfg: GRPOConfig, words: Words, reward_fn: RewardFn | None):
+    """(rewards [B] of `reward_fn`, or the recipe's; shares of right and of well-formed answers)."""
+    right = accuracy(done.problems, done.texts, words.template)
+    formed = format_reward(done.texts, words.template)
+    if reward_fn is None:
+        reward_B = combine((cfg.accuracy_weight, cfg.format_weight), right, formed)
+    else:
+        reward_B = reward_fn(done.problems, done.texts)
+    return reward_B, {"accuracy": right.mean(), "format": formed.mean()}
 
 
 def _seen(done: Completions, words: Words) -> dict[str, float]:

@@ -114,7 +114,8 @@ def update(
     """
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm)
-    updates, opt = optimizer.update(grads, state.opt, state.params)
+    optimizer = optax.with_extra_args_support(optimizer)
+    updates, opt = optimizer.update(grads, state.opt, state.params, grad_norm=norm)
     params = optim.apply(state.params, updates, jnp.asarray(controls.learning_rate))
     router = balance(state.router, load_LE, controls.bias_speed)
     keep = lambda new, old: jax.tree.map(  # noqa: E731

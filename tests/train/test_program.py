@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.train.program import ahead, program
+from r1jax.train.program import Ahead, program
 
 
 @pytest.fixture
@@ -27,17 +27,18 @@ def test_a_call_after_the_thread_compiles_nothing(compilations):
     fn = program(lambda tree, *, scale: jnp.tanh(tree["x"]) * scale, donate_argnums=0)
     x = jax.device_put(np.arange(6, dtype=np.float32))
     scale = np.float32(2)
-    ahead(fn, {"x": jax.ShapeDtypeStruct((6,), np.float32)}, scale=scale).join()
+    compiling = Ahead(fn, {"x": jax.ShapeDtypeStruct((6,), np.float32)}, scale=scale)
+    assert compiling.shapes == jax.ShapeDtypeStruct((6,), np.float32)
+    assert not compilations
+    compiling.start().join()
     assert len(compilations) == 1
     np.testing.assert_allclose(fn({"x": x}, scale=scale), np.tanh(np.arange(6.0)) * 2, rtol=1e-6)
     assert len(compilations) == 1
 
 
-def test_what_cannot_be_compiled_fails_in_the_call():
-    fn = program(lambda x: x @ x)
-    ahead(fn, jnp.ones((2, 3))).join()
+def test_what_cannot_be_traced_fails_at_once():
     with pytest.raises(TypeError, match="dot_general"):
-        fn(jnp.ones((2, 3)))
+        Ahead(program(lambda x: x @ x), np.ones((2, 3)))
 
 
 def test_a_level_in_the_flags_stands(monkeypatch):
