@@ -3,8 +3,9 @@
 
 Arms, all from the run's own checkpoints and measured on its held-out problems:
 `rl_1` with a *random reward*; *more cold-start SFT*, on as many tokens as RL trained on; RL after a
-cold start *without any retry*; and for the Qwen2-shaped student *RL alone*: its base model, the
-cold start, then `rl_1`, to be set beside its distillation. The run's own table has the rest.
+cold start *without any retry*; and for the Qwen2-shaped student *GRPO alone*, from its base model
+and from its base model after the cold start, for as many steps as its distillation costs in
+floating-point operations: 6 N a trained token, 2 N a sampled or reference-scored one.
 
     python experiments/controls.py runs/quickstart --out runs/controls
 """
@@ -17,6 +18,7 @@ import pathlib
 import numpy as np
 
 from r1jax.config import RecipeConfig, from_config_dict, to_config_dict
+from r1jax.eval.summary import read_summary
 from r1jax.io import metrics, outdir
 from r1jax.train.loop import Run, load
 from r1jax.train.progress import Silent
@@ -37,12 +39,25 @@ def trained_tokens(run: pathlib.Path, rows: int) -> int:
     return round(sum(row["mean_tokens"] for row in steps) * rows)
 
 
+def equal_steps(cfg: RecipeConfig, records: dict[str, dict]) -> int:
+    """GRPO steps of the student that cost as much as its distillation, padding not counted."""
+    teacher, student = records["rl_2"], records["student_qwen2"]
+    small, large, tokens = student["parameters"], teacher["parameters"], teacher["mean_tokens"]
+    sampled = cfg.distill_data.problems * cfg.distill_data.samples * tokens
+    trained = cfg.distill.steps * cfg.distill.batch_size * cfg.distill.length
+    distillation = 6 * small * trained + 2 * large * sampled
+    rows = cfg.rl_1.prompts * cfg.rl_1.group_size
+    step = rows * small * (8 * (tokens + cfg.sampling.prompt_length) + 2 * tokens)
+    return -(-distillation // round(step))
+
+
 def main() -> None:
     """Runs the arms and prints one line each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=pathlib.Path, help="folder of a finished run")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
+    records = {r["name"]: r for r in read_summary(args.run)["stages"]}
     raw = json.loads((args.run / "run.json").read_text())["config"]
     cfg = from_config_dict(RecipeConfig, raw)
     source = Run(args.run, raw, Silent(), 1e9)
@@ -59,31 +74,37 @@ def main() -> None:
         fresh = recipe.fresh("pretrain", model).slim()
         return recipe, load(source, stage, {"state": fresh})["state"]
 
-    def show(name, recipe):
-        record = recipe.records[-1] | next(iter(recipe.records[-1]["by_task"].values()))
+    def show(name, record):
+        record = record | next(iter(record["by_task"].values()))
         shares = "".join(f"{100 * (record[c] or 0.0):12.1f}" for c in COLUMNS)
-        print(f"{name:28}{shares}{record['seconds']:10.0f}", flush=True)
+        print(f"{name:28}{shares}{record['steps']:8}", flush=True)
 
     def noise(problems, texts):
         return rng.random(len(texts)).astype(np.float32)
 
-    print(f"{'':28}" + "".join(f"{c.split('_rate')[0]:>12.11}" for c in COLUMNS) + "   seconds")
+    print(f"{'':28}" + "".join(f"{c.split('_rate')[0]:>12.11}" for c in COLUMNS) + "   steps")
+    for name in ("cold_start", "rl_1", "rl_2", "student_qwen2"):
+        show(f"the run: {name}", records[name])
     recipe, state = start("random", cfg, "cold_start")
     recipe.stage("rl_1", state, recipe.reinforce("rl_1", rl, noise))
-    show("rl_1, random reward", recipe)
+    show("rl_1, random reward", recipe.records[-1])
     recipe, state = start("more_sft", dataclasses.replace(cfg, cold_start=longer), "cold_start")
     recipe.stage("cold_start", state, recipe.cold_start)
-    show(f"{longer.steps} more steps of SFT", recipe)
+    show("cold start, then more SFT", recipe.records[-1])
     recipe, state = start("no_retry", dataclasses.replace(cfg, tasks=blunt), "pretrain")
     state = recipe.stage("cold_start", state, recipe.cold_start)
-    show("cold start without retry", recipe)
+    show("cold start without retry", recipe.records[-1])
     recipe.stage("rl_1", state, recipe.reinforce("rl_1", rl))
-    show("  and rl_1", recipe)
-    recipe, state = start("student", cfg, "base_qwen2", student)
-    state = recipe.stage("cold_start", state, recipe.cold_start)
-    show("student, cold start", recipe)
+    show("  and rl_1", recipe.records[-1])
+    rl = dataclasses.replace(rl, steps=equal_steps(cfg, records))
+    recipe, base = start("student_alone", cfg, "base_qwen2", student)
+    recipe.stage("rl_1", base, recipe.reinforce("rl_1", rl))
+    show("student: GRPO alone", recipe.records[-1])
+    recipe, base = start("student_cold", cfg, "base_qwen2", student)
+    state = recipe.stage("cold_start", base, recipe.cold_start)
+    show("student: cold start", recipe.records[-1])
     recipe.stage("rl_1", state, recipe.reinforce("rl_1", rl))
-    show("  and rl_1: RL alone", recipe)
+    show("  and GRPO", recipe.records[-1])
 
 
 if __name__ == "__main__":

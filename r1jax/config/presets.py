@@ -66,11 +66,11 @@ def laptop_student(*, qkv_bias: bool) -> DenseConfig:
 def quickstart() -> RecipeConfig:
     """The whole recipe in minutes on two CPU cores: `r1jax quickstart`."""
 
-    def sft(steps: int, lr: float, **changes) -> SFTConfig:
+    def sft(steps: int, lr: float, batch_size: int = 8, length: int = 128, **changes) -> SFTConfig:
         optim = OptimConfig(
             learning_rate=lr, final_fraction=0.1, warmup_steps=20, weight_decay=0.01
         )
-        return SFTConfig(steps=steps, batch_size=8, length=128, optim=optim, **changes)
+        return SFTConfig(steps=steps, batch_size=batch_size, length=length, optim=optim, **changes)
 
     def rl(steps: int, lr: float) -> GRPOConfig:
         return GRPOConfig(
@@ -102,13 +102,13 @@ def quickstart() -> RecipeConfig:
         students=StudentsConfig(laptop_student(qkv_bias=True), laptop_student(qkv_bias=False)),
         sampling=SamplingConfig(prompt_length=12, max_new_tokens=72),
         evaluation=EvalConfig(problems=48, samples=16),
-        pretrain=sft(1300, 5e-3, examples=40_000),
+        pretrain=sft(1500, 5e-3, 12, 64, examples=40_000),
         cold_start=sft(150, 3e-3, examples=4_000),
         rl_1=rl(30, 6e-4),
         rejection=RejectionConfig(problems=512, samples=8, keep=4),
         sft_2=sft(150, 3e-3),
-        rl_2=rl(30, 6e-4),
+        rl_2=rl(24, 6e-4),
         distill_data=RejectionConfig(problems=1280, samples=2, keep=2),
-        student_pretrain=sft(900, 5e-3, examples=30_000),
+        student_pretrain=sft(1000, 5e-3, 12, 64, examples=30_000),
         distill=sft(300, 3e-3),
     )
