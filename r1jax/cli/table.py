@@ -7,6 +7,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
+from r1jax.eval.summary import cons_key
+
 _NOTHING = "–"
 _CAPTION = "On held-out problems; shares in percent, tokens per answer.\n\n"
 
@@ -19,14 +21,14 @@ def _count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-# summary key, heading, how a number is shown
+# summary key, heading, how a number is shown; k of cons@k is the summary's
 COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("parameters", "params", _count),
     ("steps", "steps", _count),
     ("seconds", "seconds", lambda value: f"{value:.1f}"),
     ("pass_at_1", "pass@1", _percent),
     ("greedy", "greedy", _percent),
-    ("cons_at_16", "cons@16", _percent),
+    ("cons_at_", "cons@", _percent),
     ("format_rate", "format", _percent),
     ("mean_tokens", "tokens", lambda value: f"{value:.1f}"),
     ("reflection_rate", "refl.", _percent),
@@ -34,11 +36,15 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
-def cells(stage: Mapping[str, Any]) -> list[str]:
-    """One row of the table; what a stage did not measure (absent, None or NaN) is a dash."""
+def cells(stage: Mapping[str, Any], cons: str = "cons_at_16") -> list[str]:
+    """One row of the table; what a stage did not measure (absent, None or NaN) is a dash.
+
+    Args:
+        cons: the key of the majority vote's figure, see `eval.summary.cons_key`.
+    """
     row = [str(stage.get("name", _NOTHING))]
     for key, _, shown in COLUMNS:
-        value = stage.get(key)
+        value = stage.get(cons if key == "cons_at_" else key)
         number = isinstance(value, int | float) and value == value
         row.append(shown(value) if number else _NOTHING)
     return row
@@ -47,8 +53,11 @@ def cells(stage: Mapping[str, Any]) -> list[str]:
 def write_table(summary: Mapping[str, Any], file: TextIO) -> None:
     """Writes the stages of a summary to `file`: a rich table to a terminal, else plain text."""
     file.write(_CAPTION)
-    rows = [cells(stage) for stage in summary.get("stages", [])]
+    stages = summary.get("stages", [])
+    cons = cons_key(stages)
+    rows = [cells(stage, cons) for stage in stages]
     headings = ["stage", *(heading for _, heading, _ in COLUMNS)]
+    headings = [h + cons.removeprefix("cons_at_") if h == "cons@" else h for h in headings]
     if file.isatty():
         table = Table(*headings, box=None, pad_edge=False, header_style="bold")
         for number, column in enumerate(table.columns):

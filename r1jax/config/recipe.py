@@ -66,8 +66,8 @@ class RecipeConfig:
 
     def __post_init__(self):
         positive(self, "checkpoint_every")
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}")
+        if not 0 <= self.seed < 2**20:  # each stage takes a million seeds of its own
+            raise ValueError(f"seed must lie in 0..{2**20 - 1}, got {self.seed}")
         total = self.sampling.prompt_length + self.sampling.max_new_tokens
         for name, model in self.models():
             if total > model.max_position:

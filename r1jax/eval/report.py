@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from r1jax.eval import figures
+from r1jax.eval.summary import cons_key
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -31,7 +32,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("seconds", "seconds", lambda value: f"{value:,.1f}"),
     ("pass_at_1", "pass@1", _share),
     ("greedy", "greedy", _share),
-    ("cons_at_16", "cons@16", _share),
+    ("cons_at_", "cons@", _share),  # of as many samples as there are
     ("format_rate", "format", _share),
     ("mean_tokens", "tokens", lambda value: f"{value:.1f}"),
     ("reflection_rate", "reflection", _share),
@@ -142,7 +143,7 @@ def headlines(summary: Mapping[str, Any], metrics: Rows) -> list[tuple[str, str]
     seconds = sum(s["seconds"] for s in stages if _number(s.get("seconds")))
     if seconds:
         size = _shown(stages[0], "parameters", lambda value: f"{value:,.0f}")
-        found.append((_duration(seconds), f"all stages; {size} parameters"))
+        found.append((_duration(seconds), f"training of the stages below; {size} parameters"))
     return found
 
 
@@ -176,9 +177,15 @@ def _duration(seconds: float) -> str:
 def _table(stages: Rows) -> str:
     if not stages:
         return ""
-    head = "".join(f"<th>{escape(h)}</th>" for h in ("stage", *(h for _, h, _ in _COLUMNS)))
+    cons = cons_key(stages)
+    k = cons.removeprefix("cons_at_")
+    columns = [
+        (cons, heading + k, show) if key == "cons_at_" else (key, heading, show)
+        for key, heading, show in _COLUMNS
+    ]
+    head = "".join(f"<th>{escape(h)}</th>" for h in ("stage", *(h for _, h, _ in columns)))
     rows = [
-        [escape(str(s.get("name", _NOTHING))), *(_shown(s, key, show) for key, _, show in _COLUMNS)]
+        [escape(str(s.get("name", _NOTHING))), *(_shown(s, key, show) for key, _, show in columns)]
         for s in stages
     ]
     body = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in row)}</tr>\n" for row in rows)

@@ -24,6 +24,7 @@ class Scores(NamedTuple):
         well_formed: bool, it follows the template to the letter.
         tokens: int, its length, the end-of-sequence token included.
         reflects: bool, its reasoning holds a reflection word.
+        first_right: bool, its reasoning holds a try and the first one is right.
         first_wrong: bool, its reasoning holds a try and the first one is wrong.
         answers: text of its answer, "" if none.
     """
@@ -32,6 +33,7 @@ class Scores(NamedTuple):
     well_formed: np.ndarray
     tokens: np.ndarray
     reflects: np.ndarray
+    first_right: np.ndarray
     first_wrong: np.ndarray
     answers: tuple[str, ...]
 
@@ -51,6 +53,7 @@ def score(
         np.array([read.well_formed for read in parsed], bool),
         np.asarray(tokens_B),
         np.array([not REFLECTION_WORDS.isdisjoint(r.reasoning.split()) for r in parsed], bool),
+        np.array([bool(t) and t[0] for t in tries], bool),
         np.array([bool(t) and not t[0] for t in tries], bool),
         tuple(" ".join(read.answer.split()) for read in parsed),
     )
@@ -81,6 +84,6 @@ def summarise(scores: Scores, problems: Sequence[Problem], samples: int) -> dict
         "format_rate": float(scores.well_formed.mean()),
         "mean_tokens": float(scores.tokens.mean()),
         "reflection_rate": float(scores.reflects.mean()),
-        "first_try_rate": float(1.0 - wrong.mean()),
+        "first_try_rate": float(scores.first_right.mean()),
         "self_correction_rate": float(scores.correct[wrong].mean()) if wrong.any() else None,
     }

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ def with_provenance(summary: Mapping[str, Any]) -> dict[str, Any]:
     A number that is not finite becomes None, as in the metrics.
     """
     return plain({"versions": versions(), "host": host(), **summary})
+
+
+def cons_key(stages: Iterable[Mapping[str, Any]]) -> str:
+    """`cons_at_k` with the k that the stages were measured with."""
+    keys = (key for stage in stages for key in stage if key.startswith("cons_at_"))
+    return next(keys, "cons_at_16")
 
 
 def write_summary(out_dir: str | Path, summary: Mapping[str, Any]) -> dict[str, Any]:

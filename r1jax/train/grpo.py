@@ -127,7 +127,7 @@ def grpo_step(
     state, sums = jax.lax.scan(one_epoch, state, None, length=cfg.epochs)
     live_P = informative_groups(reward_B, group_size=group_size)
     return state, _report(sums) | {
-        "reward": jnp.nanmean(reward_B),
+        "reward": jnp.mean(reward_B, where=jnp.isfinite(reward_B)),
         "dead_groups": 1.0 - live_P.astype(jnp.float32).mean(),
     }
 

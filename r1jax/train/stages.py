@@ -203,10 +203,13 @@ def rejection_sample(
     batch: tuple[int, int],
     seed: int,
 ) -> list[dict[str, str]]:
-    """Samples train problems, keeps up to `cfg.keep` distinct right, well-formed traces of each.
+    """Draws train problems and keeps up to `cfg.keep` distinct right, well-formed traces of each.
+
+    Problems are drawn with repetition, as for RL; one drawn twice is asked, and kept, twice.
 
     Args:
-        batch: prompts and samples of a call of the sampler.
+        batch: prompts and samples of a call of the sampler; samples beyond `cfg.samples` are
+            ignored.
 
     Returns:
         Rows of task, question and completion.
@@ -224,7 +227,8 @@ def rejection_sample(
             noise = (seed, start * rounds + again)
             done = sampler(state, padded, noise, [1.0] * group_size)
             scores = score(done.problems, done.texts, done.tokens_B, words.template)
-            good = scores.correct & scores.well_formed
+            asked_B = again * group_size + np.arange(len(done.texts)) % group_size < cfg.samples
+            good = scores.correct & scores.well_formed & asked_B
             for row in np.flatnonzero(good):
                 traces = found.get(row // group_size)
                 text = done.texts[row]

@@ -135,6 +135,13 @@ def test_cells():
     assert cells(STAGES[1]) == ["qwen2"] + 10 * ["–"]
 
 
+def test_the_table_shows_the_votes_of_as_many_samples_as_were_drawn():
+    out = io.StringIO()
+    write_table({"stages": [{"name": "rl_1", "cons_at_4": 0.25}]}, out)
+    assert "cons@4" in out.getvalue()
+    assert "25.0" in out.getvalue()
+
+
 def test_the_plain_table_is_aligned():
     out = io.StringIO()
     write_table({"stages": STAGES}, out)

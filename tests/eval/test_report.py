@@ -181,7 +181,7 @@ def test_headlines():
         ("25.0 → 90.0 %", "pass@1, cold_start to rl_2"),
         ("12.5 → 45.0 %", "self-correction, cold_start to rl_2"),
         ("80.0 · 85.0 %", "pass@1 of the students student_qwen2, student_llama"),
-        ("7 min 35 s", "all stages; 1,000 parameters"),
+        ("7 min 35 s", "training of the stages below; 1,000 parameters"),
     ]
 
 
