@@ -19,7 +19,7 @@ import pathlib
 
 import numpy as np
 
-from r1jax.config import RecipeConfig, SFTConfig, from_config_dict, to_config_dict
+from r1jax.config import GRPOConfig, RecipeConfig, SFTConfig, from_config_dict, to_config_dict
 from r1jax.eval.summary import read_summary
 from r1jax.io import metrics, outdir
 from r1jax.train.loop import Run, load
@@ -27,12 +27,6 @@ from r1jax.train.progress import Silent
 from r1jax.train.recipe import Recipe, heldout
 
 COLUMNS = ("pass_at_1", "greedy", "first_try_rate", "self_correction_rate", "reflection_rate")
-
-
-def arm(cfg: RecipeConfig, out: pathlib.Path) -> Recipe:
-    """A recipe with a folder of its own."""
-    outdir.claim(out, to_config_dict(cfg).to_dict())
-    return Recipe(cfg, out, Silent())
 
 
 def trained_tokens(run: pathlib.Path, rows: int) -> int:
@@ -62,66 +56,107 @@ def row_tokens(cfg: SFTConfig) -> int:
     return cfg.steps * cfg.batch_size * cfg.length
 
 
+def show(name: str, record: dict) -> None:
+    """Prints one line of figures, or one for each task of a mix."""
+    for task, by_task in record["by_task"].items():
+        label = name if len(record["by_task"]) == 1 else f"{name}: {task}"
+        values = [(record | by_task)[column] for column in COLUMNS]  # None: no first try was wrong
+        shares = "".join(f"{'–':>12}" if v is None else f"{100 * v:12.1f}" for v in values)
+        print(f"{label:34}{shares}{record['steps']:8}", flush=True)
+
+
+class Controls:
+    """The arms of one finished run, each a method that runs what is not done yet and shows it."""
+
+    def __init__(self, run: pathlib.Path, out: pathlib.Path):
+        raw = json.loads((run / "run.json").read_text())["config"]
+        self.out = out
+        self.cfg = from_config_dict(RecipeConfig, raw)
+        self.records = {r["name"]: r for r in read_summary(run)["stages"]}
+        self.source = Run(run, raw, Silent(), 1e9)
+        self.budget = trained_tokens(run, self.cfg.rl_1.prompts * self.cfg.rl_1.group_size)
+
+    def start(self, name: str, cfg: RecipeConfig, stage: str, model=None):
+        """A recipe in a folder of its own, and the state that a stage of the run left."""
+        outdir.claim(self.out / name, to_config_dict(cfg).to_dict())
+        recipe = Recipe(cfg, self.out / name, Silent())
+        fresh = recipe.fresh("pretrain", model or cfg.model).slim()
+        return recipe, load(self.source, stage, {"state": fresh})["state"]
+
+    def the_run(self) -> None:
+        """What the run itself reached."""
+        for name in ("cold_start", "rl_1", "rl_2", "student_qwen2"):
+            show(f"the run: {name}", self.records[name])
+
+    def random_reward(self) -> None:
+        """`rl_1` where every answer's reward is drawn from [0, 1)."""
+        rng = np.random.default_rng(0)
+        recipe, state = self.start("random", self.cfg, "cold_start")
+
+        def noise(problems, texts):
+            return rng.random(len(texts)).astype(np.float32)
+
+        recipe.stage("rl_1", state, recipe.reinforce("rl_1", self.cfg.rl_1, noise))
+        show("rl_1, random reward", recipe.records[-1])
+
+    def more_sft(self) -> None:
+        """The cold start goes on for as many tokens as `rl_1` learnt from."""
+        cfg = dataclasses.replace(self.cfg, seed=self.cfg.seed + 1)  # other traces, other order
+        recipe, state = self.start("more_sft", cfg, "cold_start")
+        learnt = recipe.cold_start_rows.mask_NT.mean() * cfg.cold_start.batch_size
+        steps = math.ceil(self.budget / (learnt * cfg.cold_start.length))
+        longer = dataclasses.replace(cfg.cold_start, steps=steps)
+        recipe.cfg = dataclasses.replace(cfg, cold_start=longer)
+        recipe.heldout = heldout(self.cfg, recipe.words)  # the run's own
+        recipe.stage("cold_start", state, recipe.cold_start)
+        show("cold start, then more SFT", recipe.records[-1])
+
+    def no_retry(self) -> None:
+        """Cold start on traces without any retry, then `rl_1`."""
+        mix = dataclasses.replace(self.cfg.tasks.mix, retry=0.0)
+        cfg = dataclasses.replace(self.cfg, tasks=dataclasses.replace(self.cfg.tasks, mix=mix))
+        recipe, state = self.start("no_retry", cfg, "pretrain")
+        state = recipe.stage("cold_start", state, recipe.cold_start)
+        show("cold start without retry", recipe.records[-1])
+        recipe.stage("rl_1", state, recipe.reinforce("rl_1", cfg.rl_1))
+        show("  and rl_1", recipe.records[-1])
+
+    def student_alone(self) -> None:
+        """GRPO on the student's base model."""
+        recipe, base = self.start("student_alone", self.cfg, "base_qwen2", self.cfg.students.qwen2)
+        rl = self.equal(after_cold_start=False)
+        recipe.stage("rl_1", base, recipe.reinforce("rl_1", rl))
+        show("student: GRPO alone", recipe.records[-1])
+
+    def student_cold(self) -> None:
+        """GRPO on the student's base model after the cold start."""
+        recipe, base = self.start("student_cold", self.cfg, "base_qwen2", self.cfg.students.qwen2)
+        state = recipe.stage("cold_start", base, recipe.cold_start)
+        show("student: cold start", recipe.records[-1])
+        rl = self.equal(after_cold_start=True)
+        recipe.stage("rl_1", state, recipe.reinforce("rl_1", rl))
+        show("  and GRPO", recipe.records[-1])
+
+    def equal(self, *, after_cold_start: bool) -> GRPOConfig:
+        """`rl_1`, as long as the student's distillation is dear."""
+        steps = equal_steps(self.cfg, self.records, after_cold_start=after_cold_start)
+        return dataclasses.replace(self.cfg.rl_1, steps=steps)
+
+
 def main() -> None:
     """Runs the arms and prints one line each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=pathlib.Path, help="folder of a finished run")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    records = {r["name"]: r for r in read_summary(args.run)["stages"]}
-    raw = json.loads((args.run / "run.json").read_text())["config"]
-    cfg = from_config_dict(RecipeConfig, raw)
-    source = Run(args.run, raw, Silent(), 1e9)
-    rng, rl = np.random.default_rng(0), cfg.rl_1
-    budget = trained_tokens(args.run, rl.prompts * rl.group_size)
-    more = dataclasses.replace(cfg, seed=cfg.seed + 1)  # other traces, in another order
-    blunt = dataclasses.replace(cfg.tasks, mix=dataclasses.replace(cfg.tasks.mix, retry=0.0))
-    student = cfg.students.qwen2
-
-    def start(name, changed, stage, model=cfg.model):
-        """A recipe of its own, and the state that a stage of the run left."""
-        recipe = arm(changed, args.out / name)
-        fresh = recipe.fresh("pretrain", model).slim()
-        return recipe, load(source, stage, {"state": fresh})["state"]
-
-    def show(name, record):
-        record = record | next(iter(record["by_task"].values()))
-        shares = "".join(f"{100 * (record[c] or 0.0):12.1f}" for c in COLUMNS)
-        print(f"{name:28}{shares}{record['steps']:8}", flush=True)
-
-    def noise(problems, texts):
-        return rng.random(len(texts)).astype(np.float32)
-
-    print(f"{'':28}" + "".join(f"{c.split('_rate')[0]:>12.11}" for c in COLUMNS) + "   steps")
-    for name in ("cold_start", "rl_1", "rl_2", "student_qwen2"):
-        show(f"the run: {name}", records[name])
-    recipe, state = start("random", cfg, "cold_start")
-    recipe.stage("rl_1", state, recipe.reinforce("rl_1", rl, noise))
-    show("rl_1, random reward", recipe.records[-1])
-    recipe, state = start("more_sft", more, "cold_start")
-    learnt = (
-        recipe.cold_start_rows.mask_NT.mean() * cfg.cold_start.batch_size * cfg.cold_start.length
-    )
-    longer = dataclasses.replace(cfg.cold_start, steps=math.ceil(budget / learnt))
-    recipe.cfg = dataclasses.replace(more, cold_start=longer)
-    recipe.heldout = heldout(cfg, recipe.words)  # the run's own
-    recipe.stage("cold_start", state, recipe.cold_start)
-    show("cold start, then more SFT", recipe.records[-1])
-    recipe, state = start("no_retry", dataclasses.replace(cfg, tasks=blunt), "pretrain")
-    state = recipe.stage("cold_start", state, recipe.cold_start)
-    show("cold start without retry", recipe.records[-1])
-    recipe.stage("rl_1", state, recipe.reinforce("rl_1", rl))
-    show("  and rl_1", recipe.records[-1])
-    equal = dataclasses.replace(rl, steps=equal_steps(cfg, records, after_cold_start=False))
-    recipe, base = start("student_alone", cfg, "base_qwen2", student)
-    recipe.stage("rl_1", base, recipe.reinforce("rl_1", equal))
-    show("student: GRPO alone", recipe.records[-1])
-    recipe, base = start("student_cold", cfg, "base_qwen2", student)
-    state = recipe.stage("cold_start", base, recipe.cold_start)
-    show("student: cold start", recipe.records[-1])
-    equal = dataclasses.replace(rl, steps=equal_steps(cfg, records, after_cold_start=True))
-    recipe.stage("rl_1", state, recipe.reinforce("rl_1", equal))
-    show("  and GRPO", recipe.records[-1])
+    controls = Controls(args.run, args.out)
+    print(f"{'':34}" + "".join(f"{c.split('_rate')[0]:>12.11}" for c in COLUMNS) + "   steps")
+    controls.the_run()
+    controls.random_reward()
+    controls.more_sft()
+    controls.no_retry()
+    controls.student_alone()
+    controls.student_cold()
 
 
 if __name__ == "__main__":

@@ -212,6 +212,16 @@ def test_as_many_calls_as_samples_need_each_with_its_own_noise(tmp_path):
     assert len({(k["question"], k["completion"]) for k in kept}) == 4 * 5
 
 
+def test_samples_beyond_those_asked_for_are_ignored(tmp_path):
+    """Of six samples by four the second call's last two are surplus: only these are right here."""
+    wrong = "<think> no </think> <answer> 1 + </answer>"
+    surplus = lambda p, call: right(p, 0) if call % 2 == 0 else wrong  # noqa: E731
+    script = Script(*[lambda p, _: wrong] * 2, surplus, surplus)
+    assert reject(tmp_path, script, RejectionConfig(problems=4, samples=6, keep=2)) == []
+    script = Script(*[lambda p, _: wrong] * 2, surplus, surplus)
+    assert len(reject(tmp_path, script, RejectionConfig(problems=4, samples=8, keep=2))) == 4
+
+
 def test_nothing_right_keeps_nothing(tmp_path):
     script = Script(*[lambda p, _: "<think> no </think> <answer> 1 + </answer>"] * 4)
     assert reject(tmp_path, script, RejectionConfig(problems=3, samples=4, keep=2)) == []
