@@ -8,20 +8,33 @@ from r1jax.config.check import activations, positive
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding; YaRN (arXiv 2309.00071) is on when `factor` > 1."""
+    """Rotary position embedding; with `factor` > 1 stretched to longer contexts by `scaling`.
+
+    "yarn" (arXiv 2309.00071) reads the betas and mscales, "llama3" the two `_freq_factor`.
+    """
 
     theta: float = 10_000.0
+    scaling: str = "yarn"
     factor: float = 1.0
     original_max_position: int = 4096
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
 
     def __post_init__(self):
-        positive(self, "theta", "original_max_position")
+        positive(self, "theta", "original_max_position", "low_freq_factor")
         if self.factor < 1.0:
-            raise ValueError(f"model.rope.factor must be >= 1 (1 = no YaRN), got {self.factor}")
+            raise ValueError(f"model.rope.factor must be >= 1 (1 = no scaling), got {self.factor}")
+        if self.scaling not in ("yarn", "llama3"):
+            raise ValueError(f"model.rope.scaling must be 'yarn' or 'llama3', got {self.scaling!r}")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"model.rope.high_freq_factor={self.high_freq_factor} must exceed "
+                f"model.rope.low_freq_factor={self.low_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -124,7 +137,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DenseConfig:
-    """A dense student: Qwen2-shaped (`qkv_bias=True`) or Llama-shaped (`qkv_bias=False`)."""
+    """A dense decoder: Qwen2 (`qkv_bias`), Qwen3 (`qk_norm`) or Llama (neither)."""
 
     vocab_size: int = 151_936
     num_layers: int = 28
@@ -134,6 +147,7 @@ class DenseConfig:
     num_kv_heads: int = 2
     head_dim: int = 128
     qkv_bias: bool = True
+    qk_norm: bool = False
     tie_embeddings: bool = True
     max_position: int = 131_072
     rms_norm_eps: float = 1e-6

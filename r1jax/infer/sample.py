@@ -71,6 +71,31 @@ def sample(
     return Sample(token_B.astype(jnp.int32), pick(full_BN), behaviour_B)
 
 
+def distribution(
+    logits_BTN: jax.Array,
+    temperature_B: jax.Array,
+    *,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> jax.Array:
+    """The probabilities that `sample` draws from: [B, T, N] float32; at temperature 0 one is 1."""
+    b, t, n = logits_BTN.shape
+    greedy_B1 = temperature_B[:, None] <= 0.0
+    scaled = (
+        logits_BTN.astype(jnp.float32) / jnp.where(greedy_B1, 1.0, temperature_B[:, None])[:, None]
+    )
+    flat = scaled.reshape(b * t, n)
+    cut_BTN = jax.nn.softmax(truncate(flat, top_k=top_k, top_p=top_p)).reshape(b, t, n)
+    best_BTN = jax.nn.one_hot(_argmax(flat), n).reshape(b, t, n)
+    return jnp.where(greedy_B1[:, None], best_BTN, cut_BTN)
+
+
+def draw(probability_BN: jax.Array, key: jax.Array) -> jax.Array:
+    """[B] int32: one token of each row's distribution; a token of probability 0 is never drawn."""
+    noise_BN = jax.random.gumbel(key, probability_BN.shape)
+    return _argmax(jnp.log(probability_BN) + noise_BN).astype(jnp.int32)
+
+
 def _argmax(x_BN: jax.Array) -> jax.Array:
     """First place of each row's maximum, by two plain reductions.
 

@@ -18,13 +18,14 @@ class Step(NamedTuple):
     """Where a cached step stands: masks over the prompt and the own cache, and the write index.
 
     Attributes:
-        prompt_mask_BTS: [B, T, S] keys of the shared prompt cache that may be attended to.
+        prompt_mask_BTS: [B, T, S] keys of the shared prompt cache that may be attended to; None if
+            there is no such cache.
         own_mask_BTS: [B, T, S'] keys of each row's own cache, this step's included.
-        index: scalar int32, first slot of the own cache that this step writes.
+        index: int32, first slot of the own cache that this step writes: a scalar, or [B].
         layer: scalar int32, the layer of the stack that is running.
     """
 
-    prompt_mask_BTS: jax.Array
+    prompt_mask_BTS: jax.Array | None
     own_mask_BTS: jax.Array
     index: jax.Array
     layer: jax.Array | int = 0
@@ -50,12 +51,12 @@ class Block(nnx.Module):
         x_BTD, stats = self._feed_forward(x_BTD, valid_BT)
         return x_BTD, (entry, stats)
 
-    def cached(self, x_BTD: jax.Array, rotation, prompt: Entry, own: Entry, step: Step):
+    def cached(self, x_BTD: jax.Array, rotation, prompt: Entry | None, own: Entry, step: Step):
         """One step over the shared prompt cache and the rows' own, which it extends in place.
 
         Args:
             x_BTD: [B, T, D], T new tokens a row.
-            prompt: [P, S, ...] arrays, P dividing B.
+            prompt: [P, S, ...] arrays, P dividing B, or None.
             own: [L, B, S', ...] arrays of the whole stack, of which this is layer `step.layer`.
 
         Returns:
@@ -69,10 +70,9 @@ class Block(nnx.Module):
                 for old, new in zip(own, entry, strict=True)
             )
             mine = (jax.lax.dynamic_index_in_dim(x, step.layer, keepdims=False) for x in own)
-            parts = (
-                self.attention.Part(*prompt, step.prompt_mask_BTS),
-                self.attention.Part(*mine, step.own_mask_BTS),
-            )
+            parts = (self.attention.Part(*mine, step.own_mask_BTS),)
+            if prompt is not None:
+                parts = (self.attention.Part(*prompt, step.prompt_mask_BTS), *parts)
             x_BTD = x_BTD + self.attention.cached(h_BTD, rotation, parts)
         every_BT = jnp.ones(x_BTD.shape[:2], bool)
         return self._feed_forward(x_BTD, every_BT)[0], own
@@ -93,7 +93,7 @@ def run(layers: Block, x_BTD, rotation, mask_BTS, valid_BT, *, remat: bool, unro
     return jax.lax.scan(body, x_BTD, layers, unroll=unroll)
 
 
-def run_cached(layers: Block, x_BTD, rotation, *, prompt: Entry, own: Entry, step: Step):
+def run_cached(layers: Block, x_BTD, rotation, *, prompt: Entry | None, own: Entry, step: Step):
     """A stack of layers for one step; caches have a leading layer axis: (x_BTD, own).
 
     The own cache is carried, not stacked anew: a step writes its entries and copies nothing else.
@@ -109,6 +109,14 @@ def run_cached(layers: Block, x_BTD, rotation, *, prompt: Entry, own: Entry, ste
 
 
 def _written(cache_LBS: jax.Array, new_BT: jax.Array, layer, index) -> jax.Array:
-    """The cache [L, B, S, ...] with the entries [B, T, ...] of a layer from slot `index` on."""
-    start = (layer, 0, index) + (0,) * (cache_LBS.ndim - 3)
-    return jax.lax.dynamic_update_slice(cache_LBS, new_BT[None].astype(cache_LBS.dtype), start)
+    """The cache [L, B, S, ...] with the entries [B, T, ...] of a layer from slot `index` on.
+
+    Rows that stand at the same slot are one slice; rows at slots of their own are scattered.
+    """
+    new_BT = new_BT.astype(cache_LBS.dtype)
+    if jnp.ndim(index) == 0:
+        start = (layer, 0, index) + (0,) * (cache_LBS.ndim - 3)
+        return jax.lax.dynamic_update_slice(cache_LBS, new_BT[None], start)
+    b, t = new_BT.shape[:2]
+    slot_BT = index[:, None] + jnp.arange(t)
+    return cache_LBS.at[layer, jnp.arange(b)[:, None], slot_BT].set(new_BT, mode="drop")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense decoders for distillation, one module: Qwen2-shaped (biased q, k, v) or Llama-shaped."""
+"""Dense decoders, one module: Qwen2 (biased q, k, v), Qwen3 (normalised q, k), Llama (neither)."""
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,10 @@ class GQA(nnx.Module):
             self.b_q = param.constant(0.0, (h, k), ("heads", None))
             self.b_k = param.constant(0.0, (j, k), ("heads", None))
             self.b_v = param.constant(0.0, (j, k), ("heads", None))
+        self.normed = cfg.qk_norm
+        if self.normed:
+            self.q_norm = RMSNorm(k, eps=cfg.rms_norm_eps)
+            self.k_norm = RMSNorm(k, eps=cfg.rms_norm_eps)
         self.scale = k**-0.5
 
     def entry(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
@@ -41,6 +45,8 @@ class GQA(nnx.Module):
         if self.biased:
             k_BTJK = k_BTJK + self.b_k[...].astype(x_BTD.dtype)
             v_BTJK = v_BTJK + self.b_v[...].astype(x_BTD.dtype)
+        if self.normed:
+            k_BTJK = self.k_norm(k_BTJK)
         return _rotate(k_BTJK, rotation), v_BTJK
 
     def __call__(self, x_BTD: jax.Array, rotation: Rotation, part: KVPart) -> jax.Array:
@@ -50,6 +56,8 @@ class GQA(nnx.Module):
         q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, self.w_q[...].astype(x_BTD.dtype))
         if self.biased:
             q_BTHK = q_BTHK + self.b_q[...].astype(x_BTD.dtype)
+        if self.normed:
+            q_BTHK = self.q_norm(q_BTHK)
         out_BTHK = gqa(_rotate(q_BTHK, rotation), parts, scale=self.scale)
         return jnp.einsum("bthk,hkd->btd", out_BTHK, self.w_o[...].astype(x_BTD.dtype))
 
@@ -60,7 +68,9 @@ def _rotate(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
 
 
 class DenseTransformer(nnx.Module):
-    """A Qwen2- or Llama-shaped decoder with the interface of `nn.transformer.Transformer`."""
+    """A Qwen2, Qwen3 or Llama decoder with the interface of `nn.transformer.Transformer`."""
+
+    has_mtp = False
 
     def __init__(self, cfg: DenseConfig):
         self.cfg = cfg

@@ -13,13 +13,15 @@ from r1jax.ops.rope import rotate_interleaved, yarn_mscale
 
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin, each [B, T, R/2]
 
+LATENT_EPS = 1e-6  # of the norms of the latents, whatever the model's: as released
+
 
 class MLA(nnx.Module):
     """DeepSeek-V3 section 2.1.1. It caches one latent [C] and one rotated key [R] a token."""
 
     Part = LatentPart
 
-    def __init__(self, dim: int, cfg: MLAConfig, rope: RopeConfig, *, eps: float, std: float):
+    def __init__(self, dim: int, cfg: MLAConfig, rope: RopeConfig, *, std: float):
         h, c, q = cfg.num_heads, cfg.kv_lora_rank, cfg.q_lora_rank
         k, r, v = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
         self.nope_dim = k
@@ -29,10 +31,10 @@ class MLA(nnx.Module):
             self.w_q = param.normal((dim, h, k + r), ("embed", "heads", None), std)
         else:
             self.w_dq = param.normal((dim, q), ("embed", "latent"), std)
-            self.q_norm = RMSNorm(q, eps=eps)
+            self.q_norm = RMSNorm(q, eps=LATENT_EPS)
             self.w_uq = param.normal((q, h, k + r), ("latent", "heads", None), std)
         self.w_dkv = param.normal((dim, c), ("embed", "latent"), std)
-        self.kv_norm = RMSNorm(c, eps=eps)
+        self.kv_norm = RMSNorm(c, eps=LATENT_EPS)
         self.w_kr = param.normal((dim, r), ("embed", None), std)
         self.w_uk = param.normal((c, h, k), ("latent", "heads", None), std)
         self.w_uv = param.normal((c, h, v), ("latent", "heads", None), std)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from r1jax.nn import param
-from r1jax.nn.block import Block
+from r1jax.nn.block import Block, Entry, Step
 from r1jax.nn.layers import RMSNorm
 
 
@@ -23,7 +23,16 @@ class MTP(nnx.Module):
 
     def __call__(self, hidden_BTD, next_embed_BTD, rotation, mask_BTS, valid_BT):
         """(hidden_BTD that the shared head turns into P(t_{i+2}), RouterStats of its block)."""
-        both = jnp.concatenate([self.hidden_norm(hidden_BTD), self.embed_norm(next_embed_BTD)], -1)
-        x_BTD = jnp.einsum("bte,ed->btd", both, self.proj[...].astype(both.dtype))
+        x_BTD = self._joined(hidden_BTD, next_embed_BTD)
         x_BTD, (_, stats) = self.block(x_BTD, rotation, mask_BTS, valid_BT)
         return self.norm(x_BTD), stats
+
+    def cached(self, hidden_BTD, next_embed_BTD, rotation, own: Entry, step: Step):
+        """The same for new positions over the module's own cache: (hidden_BTD, own)."""
+        x_BTD = self._joined(hidden_BTD, next_embed_BTD)
+        x_BTD, own = self.block.cached(x_BTD, rotation, None, own, step)
+        return self.norm(x_BTD), own
+
+    def _joined(self, hidden_BTD, next_embed_BTD):
+        both = jnp.concatenate([self.hidden_norm(hidden_BTD), self.embed_norm(next_embed_BTD)], -1)
+        return jnp.einsum("bte,ed->btd", both, self.proj[...].astype(both.dtype))

@@ -6,7 +6,8 @@ how each parameter is to be drawn; `initialise` then draws all of them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +46,10 @@ def initialise(module: nnx.Module, key: jax.Array) -> nnx.Module:
     by itself, so that they are made where they are sharded.
     """
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
-    is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_param)
-    small = [p for p in leaves if p.init_std and p[...].size <= POOLED]
+    variables, treedef = jax.tree.flatten(params, is_leaf=_is_variable)
+    small = [p for p in variables if p.init_std and p[...].size <= POOLED]
     pool, start = _normals(jax.random.fold_in(key, 0), sum(p[...].size for p in small)), 0
-    for i, p in enumerate(leaves):
+    for i, p in enumerate(variables):
         shape, size = p[...].shape, p[...].size
         if not p.init_std:
             continue
@@ -57,8 +57,29 @@ def initialise(module: nnx.Module, key: jax.Array) -> nnx.Module:
             drawn, start = pool[start : start + size].reshape(shape), start + size
         else:
             drawn = jax.random.normal(jax.random.fold_in(key, i + 1), shape, jnp.float32)
-        leaves[i] = p.replace(p.init_std * drawn)
-    return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves), rest)
+        variables[i] = p.replace(p.init_std * drawn)
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, variables), rest)
+
+
+def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """{dotted path, as `moe_layers.attention.w_uk`: variable} of a module."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(nnx.state(module), is_leaf=_is_variable)
+    return {_dotted(path): variable for path, variable in flat}
+
+
+def filled(module: nnx.Module, values: Mapping[str, Any]) -> nnx.Module:
+    """The module with the value of every variable replaced, by dotted path."""
+    graphdef, state = nnx.split(module)
+    put = lambda path, variable: variable.replace(values[_dotted(path)])  # noqa: E731
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(put, state, is_leaf=_is_variable))
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(str(key.key) for key in path)
 
 
 def _normals(key: jax.Array, n: int, chunk: int = 4096) -> jax.Array:

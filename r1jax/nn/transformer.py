@@ -16,7 +16,13 @@ from r1jax.nn.moe import MoE
 from r1jax.nn.mtp import MTP
 from r1jax.nn.stats import RouterStats
 from r1jax.ops.attention import causal_mask
-from r1jax.ops.rope import inverse_frequencies, rotation, yarn_mscale
+from r1jax.ops.rope import (
+    inverse_frequencies,
+    llama3_frequencies,
+    rotation,
+    yarn_frequencies,
+    yarn_mscale,
+)
 from r1jax.sharding import take
 
 
@@ -42,7 +48,7 @@ class Transformer(nnx.Module):
         dim, std, eps = cfg.hidden_size, cfg.init_std, cfg.rms_norm_eps
 
         def block(*, dense: bool) -> Block:
-            attention = MLA(dim, cfg.mla, cfg.rope, eps=eps, std=std)
+            attention = MLA(dim, cfg.mla, cfg.rope, std=std)
             if dense:
                 ffn = SwiGLU(dim, cfg.intermediate_size, std=std)
             else:
@@ -58,6 +64,11 @@ class Transformer(nnx.Module):
         self.head = param.normal((dim, cfg.vocab_size), ("embed", "vocab"), std)
         if cfg.mtp_depth:
             self.mtp = MTP(dim, eps=eps, std=std, block=block(dense=False))
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the multi-token-prediction module is there."""
+        return self.cfg.mtp_depth > 0
 
     def stacks(self) -> tuple[Block, ...]:
         """The stacks of layers in order; each is a Block with a leading layer axis."""
@@ -103,15 +114,19 @@ def embed(table_ND: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
 
 def rotation_of(rope: RopeConfig, dim: int, positions_BT: jax.Array) -> Rotation:
     """cos and sin for `dim` rotary dimensions, with YaRN's scale mscale / mscale_all_dim."""
-    inv_freq = inverse_frequencies(
-        dim,
-        rope.theta,
-        factor=rope.factor,
-        original_max_position=rope.original_max_position,
-        beta_fast=rope.beta_fast,
-        beta_slow=rope.beta_slow,
-    )
-    scale = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+    stretch = dict(factor=rope.factor, original_max_position=rope.original_max_position)
+    scale = 1.0
+    if rope.factor == 1.0:
+        inv_freq = inverse_frequencies(dim, rope.theta)
+    elif rope.scaling == "llama3":
+        stretch |= dict(low_freq_factor=rope.low_freq_factor)
+        stretch |= dict(high_freq_factor=rope.high_freq_factor)
+        inv_freq = llama3_frequencies(dim, rope.theta, **stretch)
+    else:
+        stretch |= dict(beta_fast=rope.beta_fast, beta_slow=rope.beta_slow)
+        inv_freq = yarn_frequencies(dim, rope.theta, **stretch)
+        whole = yarn_mscale(rope.factor, rope.mscale_all_dim)
+        scale = yarn_mscale(rope.factor, rope.mscale) / whole
     return rotation(positions_BT, inv_freq, scale)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embedding (arXiv 2104.09864) and its YaRN extension (arXiv 2309.00071).
+"""Rotary position embedding (arXiv 2104.09864), stretched to longer contexts by YaRN or Llama 3.
 
 DeepSeek weights rotate interleaved pairs (x0, x1), (x2, x3), …; Qwen and Llama weights rotate the
 halves (x0, x_{R/2}), …. Both are here; which one a model uses is a fact of its weights.
@@ -12,40 +12,67 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def inverse_frequencies(
+def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
+    """Angular frequency θ_i = theta^(-2i/dim) of each rotary pair, in radians per position.
+
+    Returns:
+        [dim / 2] float64, computed once on the host.
+    """
+    return theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+
+
+def yarn_frequencies(
     dim: int,
     theta: float,
     *,
-    factor: float = 1.0,
-    original_max_position: int = 4096,
+    factor: float,
+    original_max_position: int,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
 ) -> np.ndarray:
-    """Angular frequency of each rotary pair, in radians per position.
+    """YaRN's frequencies (arXiv 2309.00071, eq. 23).
 
-    θ_i = theta^(-2i/dim). With `factor` > 1, YaRN (eq. 23): pairs that turn more than `beta_fast`
-    times within `original_max_position` are kept, those that turn less than `beta_slow` times are
-    slowed by `factor`, those between are blended linearly in the pair's index.
+    Pairs that turn more than `beta_fast` times within `original_max_position` are kept, those that
+    turn less than `beta_slow` times are slowed by `factor`, those between are blended linearly in
+    the pair's index.
 
     Returns:
-        [dim / 2] float32, computed once on the host.
+        [dim / 2] float64, in radians per position.
     """
-    inv = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    if factor > 1.0:
+    inv_freq = inverse_frequencies(dim, theta)
 
-        def pair_at(turns: float) -> float:
-            return (
-                dim
-                * math.log(original_max_position / (turns * 2 * math.pi))
-                / (2 * math.log(theta))
-            )
+    def pair_at(turns: float) -> float:
+        return dim * math.log(original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-        low = max(math.floor(pair_at(beta_fast)), 0)
-        high = min(math.ceil(pair_at(beta_slow)), dim - 1)
-        ramp = (np.arange(dim // 2) - low) / max(high - low, 0.001)
-        slowed = np.clip(ramp, 0.0, 1.0)
-        inv = inv * (1.0 - slowed) + inv / factor * slowed
-    return inv.astype(np.float32)
+    low = max(math.floor(pair_at(beta_fast)), 0)
+    high = min(math.ceil(pair_at(beta_slow)), dim - 1)
+    ramp = (np.arange(dim // 2) - low) / max(high - low, 0.001)
+    slowed = np.clip(ramp, 0.0, 1.0)
+    return inv_freq * (1.0 - slowed) + inv_freq / factor * slowed
+
+
+def llama3_frequencies(
+    dim: int,
+    theta: float,
+    *,
+    factor: float,
+    original_max_position: int,
+    low_freq_factor: float,
+    high_freq_factor: float,
+) -> np.ndarray:
+    """Llama 3.1's frequencies: fast pairs kept, slow ones slowed by `factor`, blended between.
+
+    A pair is fast if it turns more than `high_freq_factor` times within `original_max_position`,
+    slow if less than `low_freq_factor` times; the blend is linear in the number of turns (Llama 3,
+    arXiv 2407.21783, section 3.4.2, as released).
+
+    Returns:
+        [dim / 2] float64, in radians per position.
+    """
+    inv_freq = inverse_frequencies(dim, theta)
+    turns = original_max_position * inv_freq / (2 * math.pi)
+    kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0.0, 1.0)
+    return inv_freq * kept + inv_freq / factor * (1.0 - kept)
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -55,7 +82,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 def rotation(positions: jax.Array, inv_freq: jax.Array, scale: float = 1.0):
     """cos and sin of position · frequency, each [..., R/2] float32, times `scale`."""
-    angle = positions[..., None].astype(jnp.float32) * inv_freq
+    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq, jnp.float32)
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 

@@ -29,8 +29,7 @@ from r1jax.eval.heldout import evaluate
 from r1jax.eval.report import write_picture, write_report
 from r1jax.eval.summary import read_summary, with_provenance, write_summary
 from r1jax.io import jsonl, metrics, outdir
-from r1jax.nn.dense import DenseTransformer
-from r1jax.nn.transformer import Transformer
+from r1jax.nn.build import build
 from r1jax.train import stages
 from r1jax.train.failure import StageFailed
 from r1jax.train.loop import Run, finish, finished, load
@@ -125,8 +124,7 @@ class Recipe:
 
     def fresh(self, stage: str, model: ModelConfig | DenseConfig) -> TrainState:
         """A newly initialised model."""
-        module = Transformer if isinstance(model, ModelConfig) else DenseTransformer
-        return create(lambda: module(model), optax.identity(), jax.random.key(self.seed(stage)))
+        return create(lambda: build(model), optax.identity(), jax.random.key(self.seed(stage)))
 
     def stage(self, name: str, state: TrainState, go: Go, *, measured: bool = True) -> TrainState:
         """Runs and evaluates a stage, or takes what it left when it was finished before.

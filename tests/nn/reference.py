@@ -7,7 +7,7 @@ Only parameters are taken from the module under test; the rest is DeepSeek-V3, s
 import jax
 import numpy as np
 
-from r1jax.ops.rope import inverse_frequencies
+from r1jax.ops.rope import inverse_frequencies, yarn_frequencies
 
 
 def array(variable) -> np.ndarray:
@@ -38,14 +38,17 @@ def silu(x):
 
 def turns(rope, dim, positions):
     """[T, dim / 2] unit complex numbers times YaRN's scale, which is 1 when both mscales agree."""
-    inv = inverse_frequencies(
-        dim,
-        rope.theta,
-        factor=rope.factor,
-        original_max_position=rope.original_max_position,
-        beta_fast=rope.beta_fast,
-        beta_slow=rope.beta_slow,
-    )
+    if rope.factor == 1.0:
+        inv = inverse_frequencies(dim, rope.theta)
+    else:
+        inv = yarn_frequencies(
+            dim,
+            rope.theta,
+            factor=rope.factor,
+            original_max_position=rope.original_max_position,
+            beta_fast=rope.beta_fast,
+            beta_slow=rope.beta_slow,
+        )
     return np.exp(1j * np.asarray(positions)[:, None] * inv)
 
 

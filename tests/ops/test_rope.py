@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from r1jax.ops.rope import (
     inverse_frequencies,
+    llama3_frequencies,
     rotate_half,
     rotate_interleaved,
     rotation,
+    yarn_frequencies,
     yarn_mscale,
 )
 
@@ -96,7 +98,7 @@ def test_yarn_of_deepseek_v3_by_hand():
     """dim 64, theta 1e4: 32 turns in 4096 fall at pair 10.47, one turn at 22.51, so the pairs up to
     ⌊10.47⌋ = 10 are kept, those from ⌈22.51⌉ = 23 on are slowed 40 times, linearly between."""
     plain = inverse_frequencies(64, 10_000.0)
-    ratio = inverse_frequencies(64, 10_000.0, **V3) / plain
+    ratio = yarn_frequencies(64, 10_000.0, **V3) / plain
     np.testing.assert_allclose(ratio[:11], 1.0, rtol=ROUNDED)
     np.testing.assert_allclose(ratio[23:], 1 / 40, rtol=2 * ROUNDED)
     between = 1 - (np.arange(11, 23) - 10) / 13 * (1 - 1 / 40)
@@ -107,8 +109,8 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
     """The definition, in turns: λ = 2π/θ, a pair turns L/λ times within the original context."""
     length = V3["original_max_position"]
     for dim, theta in ((64, 10_000.0), (128, 1e6), (32, 500.0)):
-        plain = inverse_frequencies(dim, theta).astype(np.float64)
-        ratio = inverse_frequencies(dim, theta, **V3) / plain
+        plain = inverse_frequencies(dim, theta)
+        ratio = yarn_frequencies(dim, theta, **V3) / plain
         turns = length * plain / (2 * math.pi)
         assert np.all(ratio[turns > V3["beta_fast"]] > 1 - 1 / 4)  # at most one pair of rounding
         np.testing.assert_allclose(ratio[turns > 2 * V3["beta_fast"]], 1.0, rtol=ROUNDED)
@@ -116,12 +118,21 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones():
         assert np.all(np.diff(ratio) <= ROUNDED)
 
 
-def test_yarn_off_and_degenerate():
-    np.testing.assert_array_equal(
-        inverse_frequencies(8, 10_000.0, factor=1.0), inverse_frequencies(8, 10_000.0)
+def test_yarn_with_equal_betas_is_finite():
+    same = yarn_frequencies(
+        8, 10_000.0, factor=4.0, original_max_position=4096, beta_fast=1.0, beta_slow=1.0
     )
-    same = inverse_frequencies(8, 10_000.0, factor=4.0, beta_fast=1.0, beta_slow=1.0)
     assert np.all(np.isfinite(same))
+
+
+def test_llama3_by_hand():
+    """Context 2π·64: a pair of frequency θ turns 64·θ times; 16 and 4 turns bound the blend."""
+    inv = inverse_frequencies(8, 10_000.0)  # 1, 0.1, 0.01, 0.001: 64, 6.4, 0.64 and 0.064 turns
+    kept = dict(original_max_position=2 * math.pi * 64, low_freq_factor=4.0, high_freq_factor=16.0)
+    out = llama3_frequencies(8, 10_000.0, factor=8.0, **kept)
+    blend = (6.4 - 4) / (16 - 4)
+    ratio = [1.0, blend + (1 - blend) / 8, 1 / 8, 1 / 8]
+    np.testing.assert_allclose(out / inv, ratio, rtol=ROUNDED)
 
 
 def test_mscale():

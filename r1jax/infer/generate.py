@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation of text for a few prompts: prefill in chunks, then rounds, handed out as they come."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax.infer.cache import Cache, begin, empty, extend, grown, last
+from r1jax.infer.multitoken import (
+    Rules,
+    Session,
+    extend_mtp,
+    probabilities,
+    run,
+    start_drafter,
+)
+from r1jax.infer.sample import draw
+from r1jax.infer.speculative import Costs
+from r1jax.nn.count import drafter_share
+
+CHUNK = 512  # tokens of a prompt that are fed at once
+ROOM = 64  # tokens that one call of the compiled loop can make
+PATIENCE = 0.1  # seconds that a stream may be silent
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to generate.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k, top_p: truncation, as in `infer.sample.truncate`; None: none.
+        max_tokens: of a completion, the end of sequence included.
+        eos_ids: tokens that end a completion.
+        drafts: most tokens drafted a round by the MTP module; 0: plain decoding.
+        seed: of the noise.
+    """
+
+    temperature: float = 0.6
+    top_k: int | None = None
+    top_p: float | None = 0.95
+    max_tokens: int = 512
+    eos_ids: tuple[int, ...] = ()
+    drafts: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.temperature >= 0 or self.temperature == float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be a number >= 0 (0 is greedy)")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+        if not 0 <= self.drafts <= 8:
+            raise ValueError(f"draft={self.drafts} must lie in 0..8 (0: plain decoding)")
+
+    @property
+    def rules(self) -> Rules:
+        """What of it is compiled in."""
+        top_p = None if self.top_p == 1 or self.temperature == 0 else self.top_p
+        top_k = None if self.temperature == 0 else self.top_k
+        return Rules(tuple(sorted(self.eos_ids)), top_k, top_p, self.drafts)
+
+
+class Counts(NamedTuple):
+    """What multi-token decoding did, over all rows."""
+
+    tokens: int = 0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafts that were accepted; 0 if there were none."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that a pass of the main model brought."""
+        return self.tokens / self.passes if self.passes else 0.0
+
+
+class Generation:
+    """One generation: iterate to get the new tokens of every row, as they come.
+
+        for new in Generation(model, prompts, Sampling(max_tokens=100)):
+            ...                     # a list of int for each prompt, perhaps empty
+
+    Attributes:
+        counts: what has been done so far.
+    """
+
+    def __init__(
+        self,
+        model,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        costs: Costs | None = None,
+    ):
+        """Nothing is computed before the first iteration.
+
+        Args:
+            model: a decoder made of stacks.
+            prompts: token ids of each row, at least one.
+            sampling: how to generate.
+            costs: of drafting; None: `draft_costs(model)`.
+
+        Raises:
+            ValueError: no prompt, an empty one, an id outside the vocabulary, a prompt and its
+                completion longer than the model's positions, drafts without an MTP module.
+        """
+        _check(model, prompts, sampling)
+        self.model, self.sampling, self.counts = model, sampling, Counts()
+        self._prompts = [list(map(int, p)) for p in prompts]
+        self._costs = draft_costs(model) if costs is None else costs
+        self._temperature_B = jnp.full(len(prompts), sampling.temperature, jnp.float32)
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        session = self._prefill()
+        first = np.asarray(session.token_B)[:, None].tolist()
+        rows = len(first)
+        self.counts = Counts(tokens=rows, passes=rows)
+        yield first
+        most, began = 1, 0.0
+        while (np.asarray(session.left_B) > 0).any():
+            session = self._with_room(session)
+            began = time.perf_counter()
+            session = run(
+                self.model,
+                session,
+                self._temperature_B,
+                most,
+                self._costs,
+                rules=self.sampling.rules,
+            )
+            made = np.asarray(session.made_B)
+            # As many rounds a call as the stream's reader has patience for.
+            took = (time.perf_counter() - began) / max(int(made.max()), 1)
+            most = int(np.clip(PATIENCE / took, 1, min(2 * most, ROOM)))
+            tokens = np.asarray(session.tokens_BM)
+            self._count(made, np.asarray(session.counts))
+            yield [row[:n].tolist() for row, n in zip(tokens, made, strict=True)]
+
+    def _count(self, made: np.ndarray, new: np.ndarray) -> None:
+        passes, drafted, accepted = (int(n) for n in new)
+        c = self.counts
+        self.counts = Counts(
+            c.tokens + int(made.sum()),
+            c.passes + passes,
+            c.drafted + drafted,
+            c.accepted + accepted,
+        )
+
+    def _prefill(self) -> Session:
+        lengths = np.array([len(p) for p in self._prompts], np.int32)
+        rules = self.sampling.rules
+        cache, drafter_own, hidden_BD = prefill(self.model, self._prompts, rules.drafts > 0)
+        key, now = jax.random.split(jax.random.key(self.sampling.seed))
+        token_B = _first(self.model, hidden_BD, self._temperature_B, now, rules=rules)
+        drafter = None
+        if rules.drafts:
+            drafter = start_drafter(
+                self.model, drafter_own, jnp.asarray(lengths - 1), hidden_BD, token_B
+            )
+        ended = np.isin(np.asarray(token_B), rules.eos_ids)
+        left = np.where(ended, 0, self.sampling.max_tokens - 1).astype(np.int32)
+        rows = len(lengths)
+        return Session(
+            cache=cache,
+            drafter=drafter,
+            token_B=token_B,
+            left_B=jnp.asarray(left),
+            key=key,
+            tokens_BM=jnp.zeros((rows, ROOM + rules.drafts), jnp.int32),
+            made_B=jnp.zeros(rows, jnp.int32),
+            counts=jnp.zeros(3, jnp.int32),
+        )
+
+    def _with_room(self, session: Session) -> Session:
+        """The session with slots for everything that one call can write."""
+        need = int(np.asarray(session.cache.length_B).max()) + ROOM + 2 * self.sampling.drafts + 1
+        if need <= session.cache.capacity:
+            return session
+        capacity = _bucket(need)
+        session = session._replace(cache=grown(session.cache, capacity))
+        if session.drafter is not None:
+            d = session.drafter
+            own = grown(Cache((d.own,), d.length_B), capacity).entries[0]
+            session = session._replace(drafter=d._replace(own=own))
+        return session
+
+
+def generate(model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    """The completions of all prompts, the end of sequence included: `Generation` to its end."""
+    out: list[list[int]] = [[] for _ in prompts]
+    for new in Generation(model, prompts, sampling):
+        for row, tokens in zip(out, new, strict=True):
+            row += tokens
+    return out
+
+
+def prefill(model, prompts: Sequence[Sequence[int]], mtp: bool):
+    """Feeds prompts of any lengths, `CHUNK` tokens at a time.
+
+    Args:
+        model: a decoder made of stacks.
+        prompts: token ids of each row.
+        mtp: feed the MTP module too: hidden i and token i + 1, all but the last.
+
+    Returns:
+        (cache, the MTP module's own cache or None, hidden_BD at each row's last token).
+    """
+    length_B = np.array([len(p) for p in prompts], np.int32)
+    capacity = _bucket(int(length_B.max()) + 1)
+    width = min(CHUNK, 1 << max(int(length_B.max()) - 1, 15).bit_length())
+    padded_BS = np.zeros((len(prompts), -(-int(length_B.max()) // width) * width + 1), np.int32)
+    for row, prompt in zip(padded_BS, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    capacity = max(capacity, padded_BS.shape[1] - 1)
+    cache, own, hidden_BD = None, None, None
+    for start in range(0, int(length_B.max()), width):
+        tokens_BT = padded_BS[:, start : start + width]
+        valid_B = np.clip(length_B - start, 0, width)
+        if cache is None:
+            hidden_BTD, cache = _begin(model, tokens_BT, valid_B, capacity=capacity)
+            hidden_BD = jnp.zeros_like(hidden_BTD[:, 0])
+            own = _empty_mtp(model, len(prompts), capacity, hidden_BTD) if mtp else None
+        else:
+            hidden_BTD, cache = _extend(model, tokens_BT, cache, valid_B)
+        ends_B = (valid_B > 0) & (length_B <= start + width)
+        hidden_BD = jnp.where(ends_B[:, None], last(hidden_BTD, valid_B), hidden_BD)
+        if mtp:
+            next_BT = padded_BS[:, start + 1 : start + width + 1]
+            own = _extend_mtp(model, hidden_BTD, next_BT, own, np.full_like(length_B, start))
+    return cache, own, hidden_BD
+
+
+def draft_costs(model) -> Costs:
+    """What drafting costs, from the parameters that a pass reads: decoding waits for memory.
+
+    Estimated, not timed, so that a seed gives the same tokens on a slow day.
+    """
+    if not model.has_mtp:
+        return Costs(0.0, 0.0)
+    draft = drafter_share(model.cfg)
+    return Costs(round=0.1 + draft, draft=draft)
+
+
+def _check(model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    cfg = model.cfg
+    if not prompts:
+        raise ValueError("there is no prompt")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} has no token; give it at least one (a bos token, say)")
+        if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:
+            raise ValueError(f"prompt {i} has a token id outside 0..{cfg.vocab_size - 1}")
+        if len(prompt) + sampling.max_tokens > cfg.max_position:
+            raise ValueError(
+                f"prompt {i} of {len(prompt)} tokens and max_tokens={sampling.max_tokens} exceed "
+                f"the model's {cfg.max_position} positions; lower max_tokens"
+            )
+    if sampling.drafts and not model.has_mtp:
+        raise ValueError("this model has no multi-token-prediction module: draft must be 0")
+
+
+def _bucket(n: int) -> int:
+    """A capacity for `n` tokens: few different ones, so that few programs are compiled."""
+    return 1 << max(n - 1, 127).bit_length() if n <= 1024 else -(-n // 1024) * 1024
+
+
+def _empty_mtp(model, rows: int, capacity: int, hidden_BTD):
+    return jax.tree.map(
+        lambda x: jnp.zeros((1, rows, capacity, *x.shape[3:]), x.dtype),
+        empty(model, 1, 1).entries[-1],
+    )
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _begin(model, tokens_BT, valid_B, *, capacity: int):
+    return begin(model, tokens_BT, valid_B, capacity)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _extend(model, tokens_BT, cache: Cache, valid_B):
+    hidden_BTD, cache = extend(model, tokens_BT, cache)
+    return hidden_BTD, cache._replace(length_B=cache.length_B + valid_B)
+
+
+@functools.partial(jax.jit, donate_argnames="own")
+def _extend_mtp(model, hidden_BTD, next_BT, own, length_B):
+    return extend_mtp(model, hidden_BTD, next_BT, own, length_B)[1]
+
+
+@functools.partial(jax.jit, static_argnames="rules")
+def _first(model, hidden_BD, temperature_B, key, *, rules: Rules):
+    return draw(probabilities(model, hidden_BD[:, None], temperature_B, rules)[:, 0], key)

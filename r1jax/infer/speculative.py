@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative decoding: the rule that accepts drafts, and how far ahead it pays to draft.
+
+Leviathan et al. 2023 (arXiv 2211.17192), Chen et al. 2023 (arXiv 2302.01318). Pure functions; what
+drafts and what verifies is not their business.
+"""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from r1jax.infer.sample import draw
+
+HOPE = 0.8  # acceptance that a row is credited with before it has drafted
+
+
+class Verdict(NamedTuple):
+    """What became of each row's drafts.
+
+    Attributes:
+        accepted_B: [B] int32 drafts kept, from the first on.
+        token_B: [B] int32 the token after them.
+    """
+
+    accepted_B: jax.Array
+    token_B: jax.Array
+
+
+def verify(
+    target_BTN: jax.Array,
+    drafter_BTN: jax.Array,
+    draft_BT: jax.Array,
+    horizon_B: jax.Array,
+    key: jax.Array,
+) -> Verdict:
+    """Accepts drafts so that the tokens are distributed as if the target had drawn every one.
+
+    Draft t is accepted with probability min(1, p(d) / q(d)); the first that is refused is replaced
+    by a draw from max(p − q, 0), normalised; if none is, one more token is drawn from p (arXiv
+    2211.17192, algorithm 1). A row that drafted fewer than T stops at its horizon and draws from p
+    there. Whether a draft is made may depend on what came before it, not on the draft itself.
+
+    Args:
+        target_BTN: [B, T + 1, N] probabilities p of the target after 0 … T drafts.
+        drafter_BTN: [B, T, N] probabilities q that each draft was drawn from.
+        draft_BT: [B, T] int32.
+        horizon_B: [B] drafts that count, at most T.
+        key: PRNG key.
+    """
+    chex.assert_rank([target_BTN, drafter_BTN, draft_BT, horizon_B], [3, 3, 2, 1])
+    b, t = draft_BT.shape
+    chex.assert_shape(target_BTN, (b, t + 1, drafter_BTN.shape[-1]))
+    chance_key, draw_key = jax.random.split(key)
+    at = lambda table: jnp.take_along_axis(table, draft_BT[..., None], -1)[..., 0]  # noqa: E731
+    chance_BT = jax.random.uniform(chance_key, (b, t))
+    kept_BT = (chance_BT * at(drafter_BTN) < at(target_BTN[:, :t])) & _before(horizon_B, t)
+    accepted_B = jnp.cumprod(kept_BT.astype(jnp.int32), axis=1).sum(1)
+    pick = lambda table: jnp.take_along_axis(table, accepted_B[:, None, None], 1)[:, 0]  # noqa: E731
+    p_BN = pick(target_BTN)
+    q_BN = pick(jnp.pad(drafter_BTN, ((0, 0), (0, 1), (0, 0))))
+    rest_BN = jnp.maximum(p_BN - q_BN, 0.0)
+    # p = q up to rounding leaves no rest: then a refusal was rounding too, and p is right.
+    refused_B1 = ((accepted_B < horizon_B) & (rest_BN.sum(-1) > 0.0))[:, None]
+    token_B = draw(jnp.where(refused_B1, rest_BN, p_BN), draw_key)
+    return Verdict(accepted_B, token_B)
+
+
+def _before(count_B: jax.Array, t: int) -> jax.Array:
+    """[B, T] bool: places before each row's count."""
+    return jnp.arange(t) < count_B[:, None]
+
+
+class Costs(NamedTuple):
+    """Time of speculation, in passes of the main model over one token a row.
+
+    Attributes:
+        round: what a drafting round costs beyond a plain pass, before its first draft.
+        draft: one more draft.
+    """
+
+    round: jax.Array | float
+    draft: jax.Array | float
+
+
+def pays(rate_B: jax.Array, costs: Costs, most: int) -> jax.Array:
+    """[B] bool: whether some number of drafts up to `most` is faster than none.
+
+    With acceptance r, k drafts bring 1 + r + … + r^k tokens for 1 + round + k · draft passes.
+    """
+    drafts_K = jnp.arange(1, most + 1)
+    tokens_BK = 1.0 + jnp.cumsum(rate_B[:, None] ** drafts_K, axis=1)
+    return (tokens_BK / (1.0 + costs.round + costs.draft * drafts_K) > 1.0).any(1)
+
+
+def goes_on(chain_B: jax.Array, rate_B: jax.Array, best_B: jax.Array, costs: Costs):
+    """Whether the next draft of each row is worth its pass, from what is known before it is drawn.
+
+    Its chance is estimated as the geometric mean of the row's running acceptance and of the
+    drafter's greatest probability; the chance that it counts, `chain`, is the product of these.
+
+    Args:
+        chain_B: [B] chance that all drafts before it are accepted.
+        rate_B: [B] running acceptance.
+        best_B: [B] the drafter's greatest probability for this draft.
+        costs: of a draft.
+
+    Returns:
+        ([B] bool, the new chain_B).
+    """
+    chain_B = chain_B * jnp.sqrt(rate_B * best_B)
+    return chain_B > costs.draft, chain_B
+
+
+def updated_rate(rate_B: jax.Array, drafted_B: jax.Array, accepted_B: jax.Array) -> jax.Array:
+    """Running acceptance: each judged draft moves it by an eighth, a pass without any by 1/256
+    towards `HOPE`, so that a row that gave up tries again some day."""
+    judged_B = jnp.minimum(accepted_B + 1, drafted_B)
+    kept_B = accepted_B / jnp.maximum(judged_B, 1)
+    drafting_B = rate_B + (kept_B - rate_B) * (1.0 - (7 / 8) ** judged_B)
+    return jnp.where(drafted_B > 0, drafting_B, rate_B + (HOPE - rate_B) / 256)

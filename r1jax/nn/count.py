@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large an architecture is, from its config alone: parameters, cache, arithmetic."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from r1jax.config import DenseConfig, ModelConfig
+from r1jax.nn.build import blank
+from r1jax.nn.param import leaves
+
+
+class Size(NamedTuple):
+    """Counts of one architecture.
+
+    Attributes:
+        parameters: of the main model, embedding and head included.
+        active: of these, what one token passes through: the routed experts it is not sent to are
+            left out; of the embedding it reads one row, but all of it is counted, as DeepSeek does.
+        mtp: parameters of the multi-token-prediction module, which shares embedding and head.
+        cache_values: numbers cached for each token.
+        flops: of a forward pass for one token, two for each active weight of a matmul, without
+            attention, whose share grows with the context.
+        attention_flops: of the attention of one token to one other token.
+    """
+
+    parameters: int
+    active: int
+    mtp: int
+    cache_values: int
+    flops: int
+    attention_flops: int
+
+
+def size(cfg: ModelConfig | DenseConfig) -> Size:
+    """Counts of an architecture; nothing is allocated."""
+    shapes = {path: jax.tree.leaves(v)[0].shape for path, v in leaves(blank(cfg)).items()}
+    counts = {path: math.prod(shape) for path, shape in shapes.items()}
+    mtp = sum(n for path, n in counts.items() if path.startswith("mtp."))
+    total = sum(counts.values()) - mtp
+    idle = 0
+    if isinstance(cfg, ModelConfig):
+        routed = sum(n for path, n in counts.items() if _routed(path) and path.startswith("moe"))
+        idle = routed - routed * cfg.moe.num_experts_per_tok // cfg.moe.n_routed_experts
+    active = total - idle
+    matmul = active - cfg.vocab_size * cfg.hidden_size  # the embedding is looked up
+    if isinstance(cfg, DenseConfig) and cfg.tie_embeddings:
+        matmul = active  # the table is the head as well
+    return Size(
+        parameters=total,
+        active=active,
+        mtp=mtp,
+        cache_values=cfg.num_layers * cached_values(cfg),
+        flops=2 * matmul,
+        attention_flops=2 * cfg.num_layers * _pair_values(cfg),
+    )
+
+
+def drafter_share(cfg: ModelConfig) -> float:
+    """Parameters that a draft reads, MTP module and head, over those a token of the main model
+    reads."""
+    s = size(cfg)
+    moe, head = cfg.moe, cfg.vocab_size * cfg.hidden_size
+    routed = 3 * cfg.hidden_size * moe.moe_intermediate_size * moe.n_routed_experts
+    idle = routed - routed * moe.num_experts_per_tok // moe.n_routed_experts
+    return (s.mtp - idle + head) / (s.active - head)
+
+
+def cached_values(cfg: ModelConfig | DenseConfig) -> int:
+    """Numbers cached for a token in one layer: 576 in DeepSeek-V3."""
+    if isinstance(cfg, DenseConfig):
+        return 2 * cfg.num_kv_heads * cfg.head_dim
+    return cfg.mla.kv_lora_rank + cfg.mla.qk_rope_head_dim
+
+
+def _pair_values(cfg: ModelConfig | DenseConfig) -> int:
+    """Multiply-adds of one query with one key and one value, over all heads (keys expanded)."""
+    if isinstance(cfg, DenseConfig):
+        return 2 * cfg.num_heads * cfg.head_dim
+    m = cfg.mla
+    return m.num_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim)
+
+
+def _routed(path: str) -> bool:
+    return path.endswith(("feed_forward.w_gate", "feed_forward.w_up", "feed_forward.w_down"))
+
+
+def bytes_by_dtype(module) -> dict[str, int]:
+    """{dtype: bytes} of a module's arrays."""
+    found: dict[str, int] = {}
+    for array in jax.tree.leaves(module):
+        name = jnp.dtype(array.dtype).name
+        found[name] = found.get(name, 0) + array.size * jnp.dtype(array.dtype).itemsize
+    return found
