@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from r1jax.cli import models
 from r1jax.train.failure import StageFailed
 
 # Programs and JAX are imported where they are called: `--help` and a wrong flag answer at once.
@@ -31,6 +32,11 @@ problems after each.
 verbs:
   quickstart  the whole recipe on a laptop, in minutes
   train       the recipe of a config file
+  generate    an answer of a model, streaming
+  chat        a conversation with a model
+  info        how large a model is
+  import      a Hugging Face or GGUF checkpoint into r1jax
+  export      a model into a Hugging Face checkpoint
 """
 _EXAMPLES = """\
 examples:
@@ -38,6 +44,7 @@ examples:
   r1jax quickstart --seed=1 --out=runs/b  another seed, in a folder beside it
   r1jax train --config=configs/quickstart.py --config.rl_1.steps=50
                                           the same in the open, any field changed
+  r1jax generate runs/quickstart --prompt "compute 3 * 5 - 2 + 4" --draft 2
   r1jax VERB --help                       what a verb takes and leaves behind
 
 Ctrl-C loses nothing: the same command resumes. An output folder is never overwritten;
@@ -126,12 +133,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs, "quickstart", _QUICKSTART)
     train = _add_run(verbs, "train", _TRAIN)
     train.add_argument("--config", required=True, metavar="FILE", help="the config file, a path")
+    models.add_verbs(functools.partial(_add_verb, verbs))
     return parser
+
+
+def _add_verb(verbs: Any, name: str, about: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(name, description=about, formatter_class=_format, allow_abbrev=False)
 
 
 def _add_run(verbs: Any, name: str, about: str) -> argparse.ArgumentParser:
     """A verb that runs a recipe into an output folder."""
-    verb = verbs.add_parser(name, description=about, formatter_class=_format, allow_abbrev=False)
+    verb = _add_verb(verbs, name, about)
     add = verb.add_argument
     add("--out", type=Path, metavar="DIR", help="output folder (default: runs/ and the run's name)")
     add("--seed", type=int, metavar="N", help="random seed (default: the config's)")
@@ -166,6 +178,9 @@ def _run(args: argparse.Namespace) -> int:
         from r1jax.eval.summary import versions
 
         print("  ".join(f"{name} {version}" for name, version in versions().items()))
+        return DONE
+    if args.verb in models.VERBS:
+        models.run(args)
         return DONE
     from r1jax import config as schema
     from r1jax.cli import overrides

@@ -38,7 +38,7 @@ class TaskTokenizer:
         missing = [t for t in SPECIAL_TOKENS if tokenizer.token_to_id(t) is None]
         if missing:
             raise ValueError(f"the tokenizer lacks the special tokens {missing}")
-        self._tokenizer = tokenizer
+        self.inner = tokenizer
         self.vocab_size: int = tokenizer.get_vocab_size()
         self.pad_id: int = tokenizer.token_to_id(PAD)
         self.bos_id: int = tokenizer.token_to_id(BOS)
@@ -47,18 +47,18 @@ class TaskTokenizer:
 
     def id(self, token: str) -> int:
         """The id of one token; ValueError if the vocabulary lacks it."""
-        number = self._tokenizer.token_to_id(token)
+        number = self.inner.token_to_id(token)
         if number is None:
             raise ValueError(f"{token!r} is not in the vocabulary of {self.vocab_size} tokens")
         return number
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; nothing is added, unknown words become `<unk>`."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The tokens joined by spaces, without any special token (tags too) if `skip_special`."""
-        return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=skip_special)
+        return self.inner.decode(list(map(int, ids)), skip_special_tokens=skip_special)
 
     def decode_batch(
         self,
@@ -81,11 +81,11 @@ class TaskTokenizer:
         rows = [row if isinstance(row, list) else row.tolist() for row in ids_BT]
         if lengths is not None:
             rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-        return [self._tokenizer.decode(row, skip_special_tokens=skip_special) for row in rows]
+        return [self.inner.decode(row, skip_special_tokens=skip_special) for row in rows]
 
     def save(self, path: str | Path) -> None:
         """Writes `tokenizer.json`."""
-        self._tokenizer.save(str(path))
+        self.inner.save(str(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "TaskTokenizer":

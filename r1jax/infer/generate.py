@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.infer.cache import Cache, begin, empty, extend, grown, last
+from r1jax.infer.cache import Cache, begin, extend, grown, last
 from r1jax.infer.multitoken import (
+    PENDING,
     Rules,
     Session,
     extend_mtp,
@@ -121,6 +122,8 @@ class Generation:
         """
         _check(model, prompts, sampling)
         self.model, self.sampling, self.counts = model, sampling, Counts()
+        # Flattened once: a module of a few hundred arrays takes longer to flatten than to run.
+        self._weights, self._treedef = jax.tree.flatten(model)
         self._prompts = [list(map(int, p)) for p in prompts]
         self._costs = draft_costs(model) if costs is None else costs
         self._temperature_B = jnp.full(len(prompts), sampling.temperature, jnp.float32)
@@ -188,7 +191,8 @@ class Generation:
 
     def _with_room(self, session: Session) -> Session:
         """The session with slots for everything that one call can write."""
-        need = int(np.asarray(session.cache.length_B).max()) + ROOM + 2 * self.sampling.drafts + 1
+        longest = int(np.asarray(session.cache.length_B).max())
+        need = longest + ROOM + 2 * self.sampling.drafts + PENDING + 1
         if need <= session.cache.capacity:
             return session
         capacity = _bucket(need)
@@ -234,7 +238,8 @@ def prefill(model, prompts: Sequence[Sequence[int]], mtp: bool):
         if cache is None:
             hidden_BTD, cache = _begin(model, tokens_BT, valid_B, capacity=capacity)
             hidden_BD = jnp.zeros_like(hidden_BTD[:, 0])
-            own = _empty_mtp(model, len(prompts), capacity, hidden_BTD) if mtp else None
+            # The module's block is of the kind of the last stack's.
+            own = jax.tree.map(lambda x: jnp.zeros_like(x[:1]), cache.entries[-1]) if mtp else None
         else:
             hidden_BTD, cache = _extend(model, tokens_BT, cache, valid_B)
         ends_B = (valid_B > 0) & (length_B <= start + width)
@@ -279,11 +284,10 @@ def _bucket(n: int) -> int:
     return 1 << max(n - 1, 127).bit_length() if n <= 1024 else -(-n // 1024) * 1024
 
 
-def _empty_mtp(model, rows: int, capacity: int, hidden_BTD):
-    return jax.tree.map(
-        lambda x: jnp.zeros((1, rows, capacity, *x.shape[3:]), x.dtype),
-        empty(model, 1, 1).entries[-1],
-    )
+@functools.partial(jax.jit, static_argnames=("treedef", "rules"), donate_argnames="session")
+def _run(weights, session: Session, temperature_B, how, *, treedef, rules: Rules) -> Session:
+    model = jax.tree.unflatten(treedef, weights)
+    return run(model, session, temperature_B, *how, rules=rules)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")

@@ -104,7 +104,6 @@ def probabilities(model, hidden_BTD: jax.Array, temperature_B: jax.Array, rules:
     return distribution(logits_BTN, temperature_B, top_k=rules.top_k, top_p=rules.top_p)
 
 
-@functools.partial(jax.jit, static_argnames="rules", donate_argnames="session")
 def run(
     model,
     session: Session,

@@ -198,6 +198,12 @@ def write_shards(
     return total
 
 
+def free(path: Path) -> None:
+    """ValueError if anything but an empty folder lies at `path`."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: exists already; choose another name or delete it")
+
+
 class Draft:
     """A folder that appears under its final name whole, or not at all.
 
@@ -212,8 +218,7 @@ class Draft:
         self.folder = self.path.with_name(f".{self.path.name}.draft-{os.getpid()}")
 
     def __enter__(self) -> Path:
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ValueError(f"{self.path}: exists already; choose another name or delete it")
+        free(self.path)
         try:
             self.folder.mkdir(parents=True)
         except OSError as error:

@@ -114,9 +114,12 @@ def _written(cache_LBS: jax.Array, new_BT: jax.Array, layer, index) -> jax.Array
     Rows that stand at the same slot are one slice; rows at slots of their own are scattered.
     """
     new_BT = new_BT.astype(cache_LBS.dtype)
+    rest = (0,) * (cache_LBS.ndim - 3)
     if jnp.ndim(index) == 0:
-        start = (layer, 0, index) + (0,) * (cache_LBS.ndim - 3)
-        return jax.lax.dynamic_update_slice(cache_LBS, new_BT[None], start)
-    b, t = new_BT.shape[:2]
-    slot_BT = index[:, None] + jnp.arange(t)
-    return cache_LBS.at[layer, jnp.arange(b)[:, None], slot_BT].set(new_BT, mode="drop")
+        return jax.lax.dynamic_update_slice(cache_LBS, new_BT[None], (layer, 0, index, *rest))
+
+    def row(b, cache):
+        one = jax.lax.dynamic_index_in_dim(new_BT, b, keepdims=True)
+        return jax.lax.dynamic_update_slice(cache, one[None], (layer, b, index[b], *rest))
+
+    return jax.lax.fori_loop(0, index.shape[0], row, cache_LBS)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How large an architecture is, from its config alone: parameters, cache, arithmetic."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Size(NamedTuple):
     attention_flops: int
 
 
+@functools.cache
 def size(cfg: ModelConfig | DenseConfig) -> Size:
     """Counts of an architecture; nothing is allocated."""
     shapes = {path: jax.tree.leaves(v)[0].shape for path, v in leaves(blank(cfg)).items()}

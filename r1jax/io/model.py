@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model folder of our own, and the one way to open any model: ours, Hugging Face's or a GGUF.
+
+model.json      the architecture, which weights are FP8 blocks, the config.json it came with
+weights/        one Orbax checkpoint
+tokenizer.json  tokenizer_config.json
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from r1jax.config import DenseConfig, ModelConfig, from_config_dict, to_config_dict
+from r1jax.data.text import TextTokenizer, load_tokenizer
+from r1jax.io import checkpoint, hf_load
+from r1jax.io.gguf import GGUFFile
+from r1jax.io.hf_config import read_config, write_config
+from r1jax.io.hf_names import places
+from r1jax.io.hf_save import tensors
+from r1jax.io.shards import Draft, Shards, Source, read_json, write_shards
+from r1jax.nn.build import blank
+from r1jax.nn.param import filled, leaves
+from r1jax.ops.quant import BLOCK, BlockScaled
+
+MARKER, WEIGHTS = "model.json", "weights"
+KINDS: dict[str, type] = {"decoder": ModelConfig, "dense": DenseConfig}
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and what belongs to it.
+
+    Attributes:
+        cfg: the architecture.
+        module: the weights.
+        tokenizer: None if the source has none.
+        hf_config: the config.json it came with; None for a model that r1jax trained.
+    """
+
+    cfg: ModelConfig | DenseConfig
+    module: nnx.Module
+    tokenizer: TextTokenizer | None
+    hf_config: Mapping[str, Any] | None = None
+
+
+def silent(done: int, total: int) -> None:
+    """Reports no progress."""
+
+
+def open_model(
+    path: str | Path,
+    *,
+    dtype: str = "stored",
+    mesh: jax.sharding.Mesh | None = None,
+    ignore: tuple[str, ...] = (),
+    progress: Progress = silent,
+) -> Model:
+    """Opens a folder of ours, a Hugging Face folder or a GGUF file.
+
+    Args:
+        path: of the folder or file.
+        dtype: "stored", "float32" or "bfloat16", as in `hf_load.load`; a folder of ours is taken
+            as it is.
+        mesh: where the arrays go; None: the default device.
+        ignore: fields of config.json that need not be known.
+        progress: called with (bytes read, bytes in all).
+
+    Raises:
+        ValueError: there is no model, or something in it is wrong; file and tensor are named.
+    """
+    path = Path(path)
+    if (path / MARKER).is_file():
+        return _open_ours(path)
+    source = open_source(path)
+    cfg = read_config(source.config, where=str(path / "config.json"), ignore=ignore)
+    tokenizer = _tokenizer(source, cfg)
+    module = hf_load.load(source, cfg, dtype=dtype, mesh=mesh, progress=progress)
+    return Model(cfg, module, tokenizer, dict(source.config))
+
+
+def open_source(path: Path) -> Source:
+    """The checkpoint that lies at `path`."""
+    if path.is_file() and path.suffix == ".gguf":
+        return GGUFFile.open(path)
+    if path.is_file():
+        raise ValueError(f"{path}: is a file; expected a model folder or a .gguf file")
+    if not path.is_dir():
+        raise ValueError(f"{path}: there is no such model folder")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: has neither {MARKER} (r1jax) nor config.json (Hugging Face)")
+    return Shards(path)
+
+
+def _tokenizer(source: Source, cfg: ModelConfig | DenseConfig) -> TextTokenizer | None:
+    if isinstance(source, GGUFFile):
+        tokenizer = TextTokenizer(*source.tokenizer())
+    elif any((source.path / name).is_file() for name in ("tokenizer.json", "tokenizer.json.gz")):
+        tokenizer = load_tokenizer(source.path)
+    else:
+        return None
+    _fits(tokenizer, cfg, source.path)
+    return tokenizer
+
+
+def _fits(tokenizer: TextTokenizer, cfg: ModelConfig | DenseConfig, where: Path) -> None:
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise ValueError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"{cfg.vocab_size}: it is another model's tokenizer"
+        )
+
+
+def save_model(path: str | Path, model: Model) -> None:
+    """Writes a model folder of ours; it appears whole or not at all.
+
+    Raises:
+        ValueError: something is there already, or it cannot be written.
+    """
+    with Draft(path) as folder:
+        values = {name: v.get_value() for name, v in leaves(model.module).items()}
+        scaled = sorted(name for name, v in values.items() if isinstance(v, BlockScaled))
+        kind = next(k for k, cls in KINDS.items() if isinstance(model.cfg, cls))
+        record = {
+            "program": "r1jax",
+            "kind": kind,
+            "config": to_config_dict(model.cfg).to_dict(),
+            "scaled": scaled,
+            "dtypes": {name: jnp.dtype(_stored(v).dtype).name for name, v in values.items()},
+            "hf_config": model.hf_config,
+        }
+        checkpoint.save(folder / WEIGHTS, 0, _tree(values), meta={"config": record["config"]})
+        if model.tokenizer is not None:
+            model.tokenizer.save(folder)
+        (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _stored(value: Any) -> Any:
+    return value.values if isinstance(value, BlockScaled) else value
+
+
+def _tree(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into the checkpoint: block-scaled weights in their two parts."""
+
+    def parts(value):
+        return dict(values=value.values, scale=value.scale)
+
+    return {k: parts(v) if isinstance(v, BlockScaled) else v for k, v in values.items()}
+
+
+def _open_ours(path: Path) -> Model:
+    record = read_json(path / MARKER)
+    try:
+        cfg = from_config_dict(KINDS[record["kind"]], record["config"])
+        scaled, dtypes = set(record["scaled"]), record["dtypes"]
+        shapes = {name: jax.tree.leaves(v)[0].shape for name, v in leaves(blank(cfg)).items()}
+        wanted = {name: jax.ShapeDtypeStruct(s, dtypes[name]) for name, s in shapes.items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / MARKER}: is damaged: {error!r}") from error
+    layouts = {place.path: place.layout for place in places(cfg)}
+    for name in scaled:
+        layout, shape = layouts[name], shapes[name]
+        lead = shape[: len(shape) - len(layout.shape)]
+        blocks = tuple(-(-n // BLOCK) for n in layout.matrix)
+        scale = jax.ShapeDtypeStruct(lead + blocks, jnp.float32)
+        wanted[name] = BlockScaled(wanted[name], scale, layout)
+    tree = checkpoint.restore(path / WEIGHTS, 0, _tree(wanted))
+    values = {k: BlockScaled(**v, layout=layouts[k]) if k in scaled else v for k, v in tree.items()}
+    tokenizer = load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
+    return Model(cfg, filled(blank(cfg), values), tokenizer, record["hf_config"])
+
+
+def export_model(path: str | Path, model: Model, *, dtype: str = "stored") -> int:
+    """Writes a Hugging Face folder; it appears whole or not at all.
+
+    Args:
+        path: of the folder.
+        model: what to write.
+        dtype: "stored", "float32", "bf16" or "fp8", as in `hf_save.tensors`.
+
+    Returns:
+        bytes of all tensors.
+    """
+    with Draft(path) as folder:
+        total = write_shards(
+            folder, _kinds_seen(tensors(model.module, model.cfg, dtype=dtype), seen := set())
+        )
+        config = dict(model.hf_config or write_config(model.cfg, dtype="float32"))
+        config.pop("quantization_config", None)
+        if "float8_e4m3fn" in seen:
+            config["quantization_config"] = {
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "quant_method": "fp8",
+                "weight_block_size": [BLOCK, BLOCK],
+            }
+        name = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
+        if dtype != "stored" or model.hf_config is None:
+            config[name] = "float32" if seen == {"float32"} else "bfloat16"
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if model.tokenizer is not None:
+            model.tokenizer.save(folder)
+    return total
+
+
+def _kinds_seen(items: Iterable[tuple[str, Any]], seen: set[str]):
+    """The tensors as they pass, their dtypes noted."""
+    for name, array in items:
+        seen.add(array.dtype.name)
+        yield name, array
