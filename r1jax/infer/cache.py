@@ -93,7 +93,7 @@ def begin(model, tokens_BT: jax.Array, valid_B: jax.Array, capacity: int):
     b, t = tokens_BT.shape
     at_BT = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
     out = model(tokens_BT, at_BT, (at_BT < valid_B[:, None]).astype(jnp.int32))
-    short = Cache(out.entries, valid_B)
+    short = Cache(out.entries, jnp.asarray(valid_B))
     return out.hidden_BTD, grown(short, capacity)
 
 

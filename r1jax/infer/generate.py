@@ -13,16 +13,18 @@ import numpy as np
 
 from r1jax.infer.cache import Cache, begin, extend, grown, last
 from r1jax.infer.multitoken import (
-    PENDING,
+    Drafter,
     Rules,
     Session,
+    catch_up,
     extend_mtp,
     probabilities,
     run,
     start_drafter,
+    wants,
 )
 from r1jax.infer.sample import draw
-from r1jax.infer.speculative import Costs
+from r1jax.infer.speculative import HOPE, Costs, pays
 from r1jax.nn.count import drafter_share
 
 CHUNK = 512  # tokens of a prompt that are fed at once
@@ -134,25 +136,30 @@ class Generation:
         rows = len(first)
         self.counts = Counts(tokens=rows, passes=rows)
         yield first
-        most, began = 1, 0.0
+        most = 4
         while (np.asarray(session.left_B) > 0).any():
-            session = self._with_room(session)
             began = time.perf_counter()
-            session = run(
-                self.model,
-                session,
-                self._temperature_B,
-                most,
-                self._costs,
-                rules=self.sampling.rules,
-            )
+            session = self._call(self._with_room(session), most)
             made = np.asarray(session.made_B)
-            # As many rounds a call as the stream's reader has patience for.
+            # As many tokens a call as the stream's reader has patience for.
             took = (time.perf_counter() - began) / max(int(made.max()), 1)
             most = int(np.clip(PATIENCE / took, 1, min(2 * most, ROOM)))
             tokens = np.asarray(session.tokens_BM)
             self._count(made, np.asarray(session.counts))
             yield [row[:n].tolist() for row, n in zip(tokens, made, strict=True)]
+
+    def _call(self, session: Session, most: int) -> Session:
+        """Some rounds: with drafts if they pay for some row now, else without."""
+        rules, how = self.sampling.rules, (most, self._costs)
+        drafting = session.drafter is not None
+        if not drafting or not np.asarray(_wants(session, self._costs, most=rules.drafts)).any():
+            rules = rules._replace(drafts=0)
+        fixed = dict(treedef=self._treedef, rules=rules)
+        session = _run(self._weights, session, self._temperature_B, how, **fixed)
+        if drafting and not rules.drafts:
+            drafter = _catch_up(self._weights, session.drafter, treedef=self._treedef)
+            session = session._replace(drafter=drafter)
+        return session
 
     def _count(self, made: np.ndarray, new: np.ndarray) -> None:
         passes, drafted, accepted = (int(n) for n in new)
@@ -167,13 +174,16 @@ class Generation:
     def _prefill(self) -> Session:
         lengths = np.array([len(p) for p in self._prompts], np.int32)
         rules = self.sampling.rules
+        if rules.drafts and not pays(jnp.full(1, HOPE), self._costs, rules.drafts).any():
+            rules = rules._replace(drafts=0)  # not even with high hopes
         cache, drafter_own, hidden_BD = prefill(self.model, self._prompts, rules.drafts > 0)
         key, now = jax.random.split(jax.random.key(self.sampling.seed))
         token_B = _first(self.model, hidden_BD, self._temperature_B, now, rules=rules)
         drafter = None
         if rules.drafts:
+            width = ROOM + rules.drafts + 1
             drafter = start_drafter(
-                self.model, drafter_own, jnp.asarray(lengths - 1), hidden_BD, token_B
+                drafter_own, jnp.asarray(lengths - 1), hidden_BD, token_B, width=width
             )
         ended = np.isin(np.asarray(token_B), rules.eos_ids)
         left = np.where(ended, 0, self.sampling.max_tokens - 1).astype(np.int32)
@@ -192,7 +202,8 @@ class Generation:
     def _with_room(self, session: Session) -> Session:
         """The session with slots for everything that one call can write."""
         longest = int(np.asarray(session.cache.length_B).max())
-        need = longest + ROOM + 2 * self.sampling.drafts + PENDING + 1
+        # `catch_up` writes as many slots as one call can make.
+        need = longest + 2 * (ROOM + self.sampling.drafts + 1)
         if need <= session.cache.capacity:
             return session
         capacity = _bucket(need)
@@ -288,6 +299,14 @@ def _bucket(n: int) -> int:
 def _run(weights, session: Session, temperature_B, how, *, treedef, rules: Rules) -> Session:
     model = jax.tree.unflatten(treedef, weights)
     return run(model, session, temperature_B, *how, rules=rules)
+
+
+@functools.partial(jax.jit, static_argnames="treedef", donate_argnames="drafter")
+def _catch_up(weights, drafter: Drafter, *, treedef) -> Drafter:
+    return catch_up(jax.tree.unflatten(treedef, weights), drafter)
+
+
+_wants = jax.jit(wants, static_argnames="most")
 
 
 @functools.partial(jax.jit, static_argnames="capacity")

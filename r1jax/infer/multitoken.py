@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation as one compiled loop of rounds; with an MTP module a round may bring several tokens.
+"""Generation as compiled loops of rounds; with an MTP module a round may bring several tokens.
 
-A round feeds each row's last token and its drafts to the main model in one pass over the latent
-cache and keeps what `speculative.verify` accepts, so the distribution of the tokens is the main
-model's. Drafts come from the checkpoint's own MTP module (DeepSeek-V3 section 2.2), applied to its
-own output for the second draft and on. A round without drafts is plain decoding.
+A drafting round feeds each row's last token and its drafts to the main model in one pass over the
+latent cache and keeps what `speculative.verify` accepts, so the distribution of the tokens is the
+main model's. Drafts come from the checkpoint's own MTP module (DeepSeek-V3 section 2.2), applied to
+its own output for the second draft and on. A round without drafts is plain decoding.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -18,8 +17,6 @@ from r1jax.infer.sample import distribution, draw
 from r1jax.infer.speculative import HOPE, Costs, goes_on, pays, updated_rate, verify
 from r1jax.nn.block import Entry
 
-PENDING = 16  # positions whose MTP entries may be missing: made up for together
-
 
 class Drafter(NamedTuple):
     """What the MTP module has seen, and what it has yet to see.
@@ -27,9 +24,10 @@ class Drafter(NamedTuple):
     Attributes:
         own: its cache, arrays [1, B, S, ...]; entry i is made of hidden i and token i + 1.
         length_B: [B] int32 entries.
-        hidden_BWD: [B, W, D] hidden states of the main model that have no entry yet.
+        hidden_BWD: [B, W, D] hidden states of the main model that have no entry yet. W is what a
+            call can make: rounds without drafts leave them to be caught up with together.
         next_BW: [B, W] int32, the token after each.
-        pending_B: [B] int32, how many these are.
+        pending_B: [B] int32, how many these are; a drafting round finds at most drafts + 1.
         rate_B: [B] running acceptance.
     """
 
@@ -81,11 +79,11 @@ class Rules(NamedTuple):
     drafts: int = 0
 
 
-def start_drafter(model, own: Entry, length_B, hidden_BD: jax.Array, token_B: jax.Array) -> Drafter:
-    """A drafter whose cache holds all of the prompt but its last token."""
+def start_drafter(own: Entry, length_B, hidden_BD: jax.Array, token_B: jax.Array, *, width: int):
+    """A drafter whose cache holds all of the prompt but its last token; `width` is W."""
     b, d = hidden_BD.shape
-    hidden_BWD = jnp.zeros((b, PENDING, d), hidden_BD.dtype).at[:, 0].set(hidden_BD)
-    next_BW = jnp.zeros((b, PENDING), jnp.int32).at[:, 0].set(token_B)
+    hidden_BWD = jnp.zeros((b, width, d), hidden_BD.dtype).at[:, 0].set(hidden_BD)
+    next_BW = jnp.zeros((b, width), jnp.int32).at[:, 0].set(token_B)
     ones = jnp.ones(b, jnp.int32)
     return Drafter(own, length_B, hidden_BWD, next_BW, ones, jnp.full(b, HOPE))
 
@@ -113,117 +111,90 @@ def run(
     *,
     rules: Rules,
 ) -> Session:
-    """Rounds until every row is done, or one has made `most` tokens of the M there is room for."""
-    width = session.tokens_BM.shape[1]
-    session = session._replace(
-        made_B=jnp.zeros_like(session.made_B), counts=jnp.zeros_like(session.counts)
-    )
-    most = jnp.minimum(most, width - rules.drafts)
+    """Rounds until every row is done, one has made `most` of the M tokens there is room for, or
+    drafting no longer pays for any.
+
+    Args:
+        model: a decoder made of stacks, with an MTP module if `rules.drafts`.
+        session: where to go on.
+        temperature_B: [B]; 0 is greedy.
+        most: scalar int32.
+        costs: of drafting.
+        rules: with `drafts` = 0 no round drafts, also where the session has a drafter: `catch_up`
+            must then follow before it drafts again.
+    """
+    zeros = jnp.zeros_like
+    session = session._replace(made_B=zeros(session.made_B), counts=zeros(session.counts))
+    most = jnp.minimum(most, session.tokens_BM.shape[1] - rules.drafts)
 
     def go_on(s: Session):
-        return (s.left_B > 0).any() & (s.made_B < most).all()
+        more = (s.left_B > 0).any() & (s.made_B < most).all()
+        return more & wants(s, costs, rules.drafts).any() if rules.drafts else more
 
     def body(s: Session):
         key, now = jax.random.split(s.key)
         s = s._replace(key=key)
-        plain = functools.partial(_plain, model, rules=rules)
-        if not rules.drafts:
-            return plain(s, temperature_B, now)
-        s = _caught_up(model, s)
-        wanted = (pays(s.drafter.rate_B, costs, rules.drafts) & (s.left_B > 1)).any()
-        return jax.lax.cond(
-            wanted,
-            lambda s: _drafted(model, s, temperature_B, now, costs, rules=rules),
-            lambda s: plain(s, temperature_B, now),
-            s,
-        )
+        if rules.drafts:
+            draft_key, now = jax.random.split(now)
+            drafts, drafter = _draft(model, s, temperature_B, draft_key, costs, rules=rules)
+            s = s._replace(drafter=drafter)
+        else:
+            b, n = s.token_B.shape[0], model.head_DN().shape[-1]
+            drafts = jnp.zeros((b, 0), jnp.int32), jnp.zeros((b, 0, n)), jnp.zeros(b, jnp.int32)
+        return _judged(model, s, drafts, temperature_B, now, rules=rules)
 
     return jax.lax.while_loop(go_on, body, session)
 
 
-def _plain(model, s: Session, temperature_B, key, *, rules: Rules) -> Session:
-    """A round without drafts."""
-    b = s.token_B.shape[0]
-    n = model.head_DN().shape[-1]
-    none = jnp.zeros((b, 0), jnp.int32), jnp.zeros((b, 0, n)), jnp.zeros(b, jnp.int32)
-    return _judged(model, s, none, temperature_B, key, rules=rules)
+def wants(s: Session, costs: Costs, most: int) -> jax.Array:
+    """[B] bool: rows that are not done and for which drafting pays; the last token is not drafted,
+    for the main model to draw."""
+    return pays(s.drafter.rate_B, costs, most) & (s.left_B > 1)
 
 
-def _drafted(model, s: Session, temperature_B, key, costs: Costs, *, rules: Rules) -> Session:
-    """A round with drafts."""
-    draft_key, key = jax.random.split(key)
-    drafts, drafter = _draft(model, s, temperature_B, draft_key, costs, rules=rules)
-    return _judged(model, s._replace(drafter=drafter), drafts, temperature_B, key, rules=rules)
+def catch_up(model, drafter: Drafter) -> Drafter:
+    """Makes all pending entries but the last: the next draft starts from its output."""
+    d = drafter
+    _, own = extend_mtp(model, d.hidden_BWD, d.next_BW, d.own, d.length_B)
+    done_B = jnp.maximum(d.pending_B - 1, 0)
+    move = lambda x: jax.vmap(lambda row, n: jnp.roll(row, -n, axis=0))(x, done_B)  # noqa: E731
+    return d._replace(
+        own=own,
+        length_B=d.length_B + done_B,
+        hidden_BWD=move(d.hidden_BWD),
+        next_BW=move(d.next_BW),
+        pending_B=d.pending_B - done_B,
+    )
 
 
 def _draft(model, s: Session, temperature_B, key, costs: Costs, *, rules: Rules):
-    """((draft_BT, drafter_BTN, horizon_B), drafter with entries for all that was pending)."""
-    d, b = s.drafter, s.token_B.shape[0]
-    hidden_BD, own = _read(model, d, rules.drafts + 1)
-    length_B = d.length_B + d.pending_B
-    t, n = rules.drafts, model.head_DN().shape[-1]
+    """((draft_BT, drafter_BTN, horizon_B), drafter with entries for all that was pending).
 
-    def go_on(c):
-        return (c["t"] < t) & c["live"].any()
-
-    def apply_again(hidden_BD, own, token_B, at_B):
-        hidden, own = extend_mtp(model, hidden_BD[:, None], token_B[:, None], own, at_B)
-        return hidden[:, 0], own
-
-    def body(c):
-        q_BN = probabilities(model, c["hidden"][:, None], temperature_B, rules)[:, 0]
-        more_B, chain_B = goes_on(c["chain"], d.rate_B, q_BN.max(-1), costs)
+    The module runs once on what is pending and once more for every draft after the first.
+    """
+    d, depth = s.drafter, rules.drafts
+    hidden_BWD, next_BW = d.hidden_BWD[:, : depth + 1], d.next_BW[:, : depth + 1]
+    hidden, own = extend_mtp(model, hidden_BWD, next_BW, d.own, d.length_B)
+    hidden_BD, length_B = last(hidden, d.pending_B), d.length_B + d.pending_B
+    live_B, chain_B = wants(s, costs, depth), jnp.ones_like(d.rate_B)
+    horizon_B = jnp.zeros_like(length_B)
+    drafts, distributions = [], []
+    for t in range(depth):
+        q_BN = probabilities(model, hidden_BD[:, None], temperature_B, rules)[:, 0]
+        more_B, chain_B = goes_on(chain_B, d.rate_B, q_BN.max(-1), costs)
         # The first is drafted wherever drafting pays at all; one token must be left for the main
         # model to draw.
-        live_B = c["live"] & (more_B | (c["t"] == 0)) & (s.left_B > c["t"] + 1)
-        token_B = draw(q_BN, jax.random.fold_in(key, c["t"]))
-        hidden_BD, own = jax.lax.cond(
-            (c["t"] + 1 < t) & live_B.any(),
-            apply_again,
-            lambda hidden_BD, own, *_: (hidden_BD, own),
-            *(c["hidden"], c["own"], token_B, length_B + c["t"]),
-        )
-        put = jax.lax.dynamic_update_index_in_dim
-        return dict(
-            t=c["t"] + 1,
-            live=live_B,
-            chain=chain_B,
-            hidden=hidden_BD,
-            own=own,
-            drafts=put(c["drafts"], token_B, c["t"], 1),
-            q=put(c["q"], q_BN, c["t"], 1),
-            horizon=c["horizon"] + live_B,
-        )
-
-    first = dict(
-        t=jnp.int32(0),
-        live=pays(d.rate_B, costs, t) & (s.left_B > 1),
-        chain=jnp.ones(b),
-        hidden=hidden_BD,
-        own=own,
-        drafts=jnp.zeros((b, t), jnp.int32),
-        q=jnp.zeros((b, t, n)),
-        horizon=jnp.zeros(b, jnp.int32),
-    )
-    c = jax.lax.while_loop(go_on, body, first)
-    drafter = d._replace(own=c["own"], length_B=length_B, pending_B=jnp.zeros_like(d.pending_B))
-    return (c["drafts"], c["q"], c["horizon"]), drafter
-
-
-def _read(model, d: Drafter, usual: int):
-    """(the MTP module's output at the last pending position [B, D], its cache with all of them).
-
-    Most often no more than `usual` are pending.
-    """
-
-    def first(width: int):
-        hidden, own = extend_mtp(
-            model, d.hidden_BWD[:, :width], d.next_BW[:, :width], d.own, d.length_B
-        )
-        return last(hidden, d.pending_B), own
-
-    few = (d.pending_B <= usual).all()
-    return jax.lax.cond(few, lambda: first(usual), lambda: first(PENDING))
+        live_B &= (more_B if t else True) & (s.left_B > t + 1)
+        horizon_B += live_B
+        distributions.append(q_BN)
+        drafts.append(draw(q_BN, jax.random.fold_in(key, t)))
+        if t + 1 < depth:
+            hidden, own = extend_mtp(
+                model, hidden_BD[:, None], drafts[-1][:, None], own, length_B + t
+            )
+            hidden_BD = hidden[:, 0]
+    drafter = d._replace(own=own, length_B=length_B, pending_B=jnp.zeros_like(d.pending_B))
+    return (jnp.stack(drafts, 1), jnp.stack(distributions, 1), horizon_B), drafter
 
 
 def _judged(model, s: Session, drafts, temperature_B, key, *, rules: Rules) -> Session:
@@ -279,29 +250,10 @@ def _seen(d: Drafter, hidden_BTD, next_BT, count_B) -> Drafter:
     """The drafter with `count_B` more positions pending."""
     row_B1 = jnp.arange(next_BT.shape[0])[:, None]
     place_T = jnp.arange(next_BT.shape[1])
-    slot_BT = jnp.where(place_T < count_B[:, None], d.pending_B[:, None] + place_T, PENDING)
+    width = d.next_BW.shape[1]
+    slot_BT = jnp.where(place_T < count_B[:, None], d.pending_B[:, None] + place_T, width)
     return d._replace(
         hidden_BWD=d.hidden_BWD.at[row_B1, slot_BT].set(hidden_BTD, mode="drop"),
         next_BW=d.next_BW.at[row_B1, slot_BT].set(next_BT, mode="drop"),
         pending_B=d.pending_B + count_B,
     )
-
-
-def _caught_up(model, s: Session) -> Session:
-    """Makes the pending entries if one more plain round could find no room for its own."""
-
-    def make(d: Drafter) -> Drafter:
-        # The last one stays pending: the next draft starts from its output.
-        _, own = extend_mtp(model, d.hidden_BWD, d.next_BW, d.own, d.length_B)
-        done_B = jnp.maximum(d.pending_B - 1, 0)
-        move = lambda x: jax.vmap(lambda row, n: jnp.roll(row, -n, axis=0))(x, done_B)  # noqa: E731
-        return d._replace(
-            own=own,
-            length_B=d.length_B + done_B,
-            hidden_BWD=move(d.hidden_BWD),
-            next_BW=move(d.next_BW),
-            pending_B=d.pending_B - done_B,
-        )
-
-    full = (s.drafter.pending_B >= PENDING).any()
-    return s._replace(drafter=jax.lax.cond(full, make, lambda d: d, s.drafter))

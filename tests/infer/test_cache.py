@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache of generation equals the full forward pass, however the tokens come."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r1jax.infer import generate as generating
+from r1jax.infer.cache import begin, empty, extend, grown, last
+from tests.nn import tiny
+
+# float32, absorbed against naive over three layers of values of order 1.
+SAME = 2e-5
+CONFIGS = [
+    tiny.model_config(),
+    tiny.plain_model_config(),
+    tiny.dense_config(qwen2=True),
+    tiny.dense_config(qwen2=False, qk_norm=True),
+]
+step = jax.jit(extend)
+
+
+def full(model, tokens):
+    return np.asarray(model(*tiny.whole_rows(tokens)).hidden_BTD)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS)
+def test_token_by_token(cfg):
+    model, tokens = tiny.model(cfg), tiny.tokens(0, 2, 9)
+    wanted, cache = full(model, tokens), empty(model, 2, 12)
+    for t in range(9):
+        hidden, cache = step(model, tokens[:, t : t + 1], cache)
+        cache = cache._replace(length_B=cache.length_B + 1)
+        np.testing.assert_allclose(hidden[:, 0], wanted[:, t], rtol=SAME, atol=SAME)
+
+
+@settings(max_examples=5)
+@given(cuts=st.lists(st.integers(1, 10), max_size=3, unique=True))
+def test_any_chunks(cuts):
+    model, tokens = tiny.model(CONFIGS[0]), tiny.tokens(1, 2, 11)
+    edges = [0, *sorted(cuts), 11]
+    cache, got = empty(model, 2, 16), []
+    for a, b in zip(edges, edges[1:], strict=False):
+        hidden, cache = step(model, tokens[:, a:b], cache)
+        cache = cache._replace(length_B=cache.length_B + b - a)
+        got.append(hidden)
+    np.testing.assert_allclose(np.concatenate(got, 1), full(model, tokens), rtol=SAME, atol=SAME)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS)
+def test_rows_of_their_own_lengths_and_refused_drafts(cfg):
+    """Prompts of 2, 7 and 4 tokens; wrong tokens are fed, forgotten, and the right ones fed."""
+    model, tokens = tiny.model(cfg), tiny.tokens(2, 3, 11)
+    wanted, n = full(model, tokens), np.array([2, 7, 4], np.int32)
+    hidden, cache = begin(model, tokens[:, :7], n, 16)
+    for i in range(3):
+        np.testing.assert_allclose(last(hidden, n)[i], wanted[i, n[i] - 1], rtol=SAME, atol=SAME)
+    _, cache = extend(model, (tokens[:, :3] + 5) % tiny.VOCAB, cache)  # never counted
+    after = np.stack([tokens[i, n[i] : n[i] + 3] for i in range(3)])
+    hidden, cache = extend(model, after, grown(cache, 20))
+    for i in range(3):
+        np.testing.assert_allclose(hidden[i], wanted[i, n[i] : n[i] + 3], rtol=SAME, atol=SAME)
+
+
+def test_writing_beyond_the_room_of_a_row_is_never_asked_for(monkeypatch):
+    """Generation to the last position of the model, in calls of a few tokens."""
+    monkeypatch.setattr(generating, "ROOM", 5)
+    model = tiny.model(CONFIGS[0])
+    sampling = generating.Sampling(temperature=0.0, max_tokens=57, drafts=2)
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [3]]
+    out = generating.generate(model, prompts, sampling)
+    for prompt, row in zip(prompts, out, strict=True):
+        rows = np.array([prompt + row[:-1]], np.int32)
+        best = np.asarray(tiny.logits(model, *tiny.whole_rows(rows)))[0].argmax(-1)
+        assert best[len(prompt) - 1 :].tolist() == row
+
+
+def test_long_prompts_come_in_chunks(monkeypatch):
+    model = tiny.model(CONFIGS[0])
+    prompts = [tiny.tokens(3, 21).tolist(), tiny.tokens(4, 5).tolist(), tiny.tokens(5, 16).tolist()]
+    whole = generating.prefill(model, prompts, True)
+    monkeypatch.setattr(generating, "CHUNK", 8)
+    chunks = generating.prefill(model, prompts, True)
+    np.testing.assert_array_equal(whole[0].length_B, chunks[0].length_B)
+    np.testing.assert_allclose(whole[2], chunks[2], rtol=SAME, atol=SAME)
+    for a, b in zip(jax.tree.leaves(whole[1]), jax.tree.leaves(chunks[1]), strict=True):
+        for row, n in enumerate([20, 4, 15]):
+            np.testing.assert_allclose(a[:, row, :n], b[:, row, :n], rtol=SAME, atol=SAME)
+
+
+def test_the_cache_of_mla_holds_576_values():
+    from r1jax.config import ModelConfig
+    from r1jax.nn.count import cached_values
+
+    cfg = tiny.model_config()
+    cache = empty(tiny.model(cfg), 1, 4)
+    per_token = sum(x.size for x in jax.tree.leaves(cache.entries)) / 4
+    assert per_token == cfg.num_layers * cached_values(cfg) == 3 * 9
+    assert cached_values(ModelConfig()) == 576
+    assert jnp.asarray(cache.length_B).tolist() == [0]

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-token decoding changes nothing: the rule by enumeration, the whole loop by counting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from r1jax.infer.generate import Generation, Sampling, generate
+from r1jax.infer.sample import distribution
+from r1jax.infer.speculative import Costs, goes_on, pays, updated_rate, verify
+from tests.nn import tiny
+
+ALWAYS, NEVER = Costs(-0.9, 0.0), Costs(100.0, 1.0)
+# χ² with d degrees of freedom has mean d and deviation sqrt(2d): 5 deviations of a fixed seed.
+DEVIATIONS = 5.0
+
+
+def chi_square_bound(cells):
+    return cells - 1 + DEVIATIONS * np.sqrt(2 * (cells - 1))
+
+
+def random_distributions(rng, *shape):
+    p = rng.dirichlet(np.full(shape[-1], 0.7), size=shape[:-1])
+    return p.astype(np.float32)
+
+
+@pytest.mark.parametrize("horizon", [0, 1, 2])
+def test_a_verified_token_is_the_targets(horizon):
+    """First token after the rule, drafts drawn from q: frequencies against p, 40,000 rows."""
+    rng, n, rows = np.random.default_rng(0), 5, 40_000
+    p, q = random_distributions(rng, 3, n), random_distributions(rng, 2, n)
+    draft = np.stack([rng.choice(n, rows, p=q[t] / q[t].sum()) for t in range(2)], 1)
+    tile = lambda x: np.broadcast_to(x, (rows, *x.shape))  # noqa: E731
+    horizon_B = np.full(rows, horizon)
+    out = jax.jit(verify)(tile(p), tile(q), draft.astype(np.int32), horizon_B, jax.random.key(1))
+    accepted = np.asarray(out.accepted_B)
+    assert accepted.max() == horizon
+    first = np.where(accepted > 0, draft[:, 0], np.asarray(out.token_B))
+    found = np.bincount(first, minlength=n)
+    assert ((found - rows * p[0]) ** 2 / (rows * p[0])).sum() < chi_square_bound(n)
+    if horizon:  # and the rate of acceptance is Σ min(p, q)
+        expected = np.minimum(p[0], q[0]).sum()
+        assert (accepted > 0).mean() == pytest.approx(expected, abs=5 * 0.5 / np.sqrt(rows))
+
+
+@given(seed=st.integers(0, 10_000), same=st.booleans())
+def test_what_the_target_cannot_say_is_never_said(seed, same):
+    rng, n = np.random.default_rng(seed), 6
+    p, q = random_distributions(rng, 1, 3, n), random_distributions(rng, 1, 2, n)
+    p[..., rng.integers(n)] = 0
+    p /= p.sum(-1, keepdims=True)
+    if same:
+        q = p[:, :2].copy()
+    draft = rng.integers(0, n, (1, 2)).astype(np.int32)
+    out = verify(p, q, draft, np.array([2]), jax.random.key(seed))
+    a = int(out.accepted_B[0])
+    assert all(p[0, t, draft[0, t]] > 0 for t in range(a))
+    assert p[0, a, int(out.token_B[0])] > 0
+
+
+def test_equal_distributions_accept_all():
+    rng = np.random.default_rng(3)
+    p = np.repeat(random_distributions(rng, 1, 3, 7), 500, 0)
+    draft = np.stack([rng.choice(7, 500, p=p[0, t] / p[0, t].sum()) for t in range(2)], 1)
+    out = verify(p, p[:, :2], draft.astype(np.int32), np.full(500, 2), jax.random.key(0))
+    assert (np.asarray(out.accepted_B) == 2).all()
+
+
+def exact_joint(model, prompt, temperature, top_p):
+    """{three tokens: probability} by enumeration with full forward passes."""
+    joint = {(): 1.0}
+    for _ in range(3):
+        longer = {}
+        rows = np.array([[*prompt, *key] for key in joint], np.int32)
+        logits = tiny.logits(model, *tiny.whole_rows(rows))[:, -1:]
+        temperatures = jnp.full(len(rows), temperature)
+        p = np.asarray(distribution(logits, temperatures, top_p=top_p))[:, 0]
+        for row, (key, chance) in zip(p, joint.items(), strict=True):
+            longer |= {(*key, t): chance * row[t] for t in np.flatnonzero(row)}
+        joint = longer
+    return joint
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "drafts"),
+    [
+        (0.7, 0.9, 2),
+        pytest.param(1.0, 1.0, 1, marks=pytest.mark.slow),
+        pytest.param(1.3, 0.8, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_three_tokens_are_distributed_as_by_enumeration(temperature, top_p, drafts):
+    model, rows, prompt = tiny.model(tiny.model_config()), 6000, [1, 2, 3]
+    joint = exact_joint(model, prompt, temperature, top_p)
+    sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=6, drafts=drafts, seed=5)
+    generation = Generation(model, [prompt] * rows, sampling, costs=ALWAYS)
+    made = [[] for _ in range(rows)]
+    for new in generation:
+        for row, tokens in zip(made, new, strict=True):
+            row += tokens
+    assert all(len(row) == 6 for row in made)
+    assert generation.counts.accepted > 0.02 * generation.counts.drafted > 0
+    found = dict.fromkeys(joint, 0)
+    for row in made:
+        found[tuple(row[:3])] += 1  # a KeyError would be a sequence that cannot be
+    often = [k for k, p in joint.items() if p * rows >= 5]
+    rare = rows - sum(found[k] for k in often), rows * (1 - sum(joint[k] for k in often))
+    chi = sum((found[k] - rows * joint[k]) ** 2 / (rows * joint[k]) for k in often)
+    chi += (rare[0] - rare[1]) ** 2 / max(rare[1], 1.0)
+    assert len(often) > 20
+    assert chi < chi_square_bound(len(often) + 1)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "costs"),
+    [
+        (2, ALWAYS),
+        (3, Costs(0.0, 0.1)),
+        pytest.param(1, ALWAYS, marks=pytest.mark.slow),
+        pytest.param(4, ALWAYS, marks=pytest.mark.slow),
+        pytest.param(2, NEVER, marks=pytest.mark.slow),
+    ],
+)
+def test_greedy_is_token_identical(drafts, costs):
+    """Rows of several lengths, ends of sequence and limits, whatever is drafted."""
+    model = tiny.model(tiny.model_config())
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1], [2], [11, 3]]
+    plain = Sampling(temperature=0.0, max_tokens=24, eos_ids=(7,))
+    wanted = generate(model, prompts, plain)
+    drafted = Sampling(temperature=0.0, max_tokens=24, eos_ids=(7,), drafts=drafts)
+    found = [[] for _ in prompts]
+    for new in Generation(model, prompts, drafted, costs=costs):
+        for row, tokens in zip(found, new, strict=True):
+            row += tokens
+    assert found == wanted
+    assert {len(row) for row in wanted} != {24}, "some row should have ended early"
+
+
+def test_the_drafter_sees_what_training_showed_it():
+    """A model whose MTP module is right is always accepted: greedy drafts are the main model's.
+
+    Here the module's draft is checked directly: its output over the cache equals the full pass.
+    """
+    from r1jax.infer.generate import prefill
+
+    model = tiny.model(tiny.model_config())
+    tokens = tiny.tokens(0, 2, 9)
+    _, own, _ = prefill(model, tokens.tolist(), True)
+    full = model(*tiny.whole_rows(tokens))
+    rows = tiny.whole_rows(tokens[:, 1:])
+    hidden, _ = model.predict_second(full.hidden_BTD[:, :-1], tokens[:, 1:], *rows[1:])
+    from r1jax.infer.multitoken import extend_mtp
+
+    again, _ = extend_mtp(
+        model, full.hidden_BTD[:, 7:8], tokens[:, 8:9], own, jnp.array([7, 7], jnp.int32)
+    )
+    np.testing.assert_allclose(again[:, 0], hidden[:, 7], rtol=2e-5, atol=2e-5)
+
+
+def test_horizon_rules():
+    free, dear = Costs(0.0, 0.1), Costs(0.5, 0.9)
+    assert pays(jnp.array([0.9, 0.01]), free, 3).tolist() == [True, False]
+    assert pays(jnp.array([0.9, 0.5]), dear, 3).tolist() == [False, False]
+    more, chain = goes_on(jnp.ones(2), jnp.array([0.9, 0.9]), jnp.array([0.9, 0.001]), free)
+    assert more.tolist() == [True, False]
+    assert chain[0] == pytest.approx(0.9)
+    rate = updated_rate(jnp.full(3, 0.5), jnp.array([2, 2, 0]), jnp.array([2, 0, 0]))
+    assert rate[0] > 0.6
+    assert rate[1] < 0.45
+    assert 0.5 < rate[2] < 0.51
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        (dict(temperature=-1.0), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(top_k=0), "top_k"),
+        (dict(max_tokens=0), "max_tokens"),
+        (dict(drafts=9), "draft"),
+    ],
+)
+def test_impossible_sampling(changes, word):
+    with pytest.raises(ValueError, match=word):
+        Sampling(**changes)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "word"),
+    [([], "no prompt"), ([[]], "no token"), ([[99]], "outside"), ([[1] * 60], "64")],
+)
+def test_impossible_prompts(prompts, word):
+    with pytest.raises(ValueError, match=word):
+        Generation(tiny.model(tiny.model_config()), prompts, Sampling(max_tokens=10))
+
+
+def test_drafts_need_the_module():
+    with pytest.raises(ValueError, match="multi-token"):
+        Generation(tiny.model(tiny.plain_model_config()), [[1]], Sampling(max_tokens=4, drafts=1))
+
+
+def test_the_seed_makes_the_text():
+    model = tiny.model(tiny.model_config())
+    runs = [
+        generate(model, [[1, 2]], Sampling(temperature=1.0, max_tokens=30, seed=s, drafts=2))
+        for s in (0, 0, 1)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_the_order_of_a_batch_changes_nothing():
+    model = tiny.model(tiny.model_config())
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [2]]
+    sampling = Sampling(temperature=0.0, max_tokens=10, drafts=2)
+    alone = [generate(model, [p], sampling)[0] for p in prompts]
+    for order in ((2, 0, 1), (1, 2, 0)):
+        assert generate(model, [prompts[i] for i in order], sampling) == [alone[i] for i in order]
