@@ -28,6 +28,7 @@ from r1jax.io.same_config import check_config, config_difference
 _log = logging.getLogger(__name__)
 
 PyTree = Any
+SMALL = 1 << 20  # bytes
 _NAME = re.compile(r"(\d{8,})(?:-(\d+))?")  # step, and which replacement of it
 
 
@@ -247,8 +248,7 @@ def _leaf_table(tree: PyTree) -> dict[str, dict[str, Any]]:
             kind, crc = type(leaf).__name__, None
         else:
             kind = f"{leaf.dtype.name}{list(leaf.shape)}".replace(" ", "")
-            on_host = isinstance(leaf, np.ndarray | np.generic)
-            crc = zlib.crc32(_bytes(leaf)) if on_host else None
+            crc = zlib.crc32(_bytes(np.asarray(leaf))) if _in_host_memory(leaf) else None
         table[jax.tree_util.keystr(path)] = {"type": kind, "crc32": crc}
     return table
 
@@ -269,10 +269,23 @@ def _check_types(saved: Mapping[str, Any], asked: Mapping[str, Any], folder: Pat
 
 
 def _to_host(leaf: Any) -> Any:
-    # Twice as fast as Orbax's own path for device arrays, which pays per leaf for sharding data.
-    if isinstance(leaf, jax.Array) and leaf.is_fully_addressable and len(leaf.devices()) == 1:
+    # Orbax copies arrays of numpy before it writes them. Small ones are written twice as fast that
+    # way; of large ones it would be a second copy of the model.
+    if isinstance(leaf, jax.Array) and leaf.nbytes <= SMALL and _on_one_device(leaf):
         return np.asarray(leaf)
     return leaf
+
+
+def _on_one_device(leaf: jax.Array) -> bool:
+    return leaf.is_fully_addressable and len(leaf.devices()) == 1
+
+
+def _in_host_memory(leaf: Any) -> bool:
+    """Whether the bytes can be summed without a transfer."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return True
+    on_device = isinstance(leaf, jax.Array) and _on_one_device(leaf)
+    return on_device and next(iter(leaf.devices())).platform == "cpu"
 
 
 def _target(abstract: Any) -> Any:
