@@ -11,29 +11,10 @@ its system out.
 
 import argparse
 import json
-import os
-import pathlib
 import statistics
-import subprocess
 import sys
 
-PEERS = pathlib.Path(__file__).parent / "peers"
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-
-
-def run(python: str, script: str) -> dict:
-    """Runs one system once; returns its report and the load before and after it."""
-    before = os.getloadavg()[0]
-    done = subprocess.run(
-        [python, str(PEERS / script)], env=os.environ | ENVIRONMENT, capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(f"{script} failed under {python}:\n{done.stderr[-2000:]}")
-    load = [round(before, 2), round(os.getloadavg()[0], 2)]
-    report = json.loads(done.stdout.splitlines()[-1]) | {"load": load}
-    print(f"{report['system']}: load {load}, first step {report['first_step_s']:.2f} s, "
-          f"steady {1e3 * report['steady_step_s']:.1f} ms", file=sys.stderr)  # fmt: skip
-    return report
+from turns import rounds
 
 
 def table(results: dict[str, list[dict]]) -> str:
@@ -58,6 +39,12 @@ def table(results: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def told(report: dict) -> str:
+    """The figures of one run."""
+    first, steady = report["first_step_s"], 1e3 * report["steady_step_s"]
+    return f"first step {first:.2f} s, steady {steady:.1f} ms"
+
+
 def main() -> None:
     """Reads the flags, runs the rounds and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -67,12 +54,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print every run as JSON instead")
     args = parser.parse_args()
     pythons = {"r1jax": sys.executable, "tunix": args.tunix_python, "trl": args.trl_python}
-    systems = [(name, python) for name, python in pythons.items() if python]
-    results: dict[str, list[dict]] = {name: [] for name, _ in systems}
-    for i in range(args.rounds):
-        shift = i % len(systems)
-        for name, python in systems[shift:] + systems[:shift]:
-            results[name].append(run(python, f"{name}_grpo.py"))
+    results = rounds(pythons, args.rounds, "{}_grpo.py".format, tell=told)
     print(json.dumps(results, indent=1) if args.json else table(results))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""r1jax on the work of `models_work.py`: the supervised step, and `Generation` as a user calls it."""
+"""r1jax on the work of `models_work.py`: the supervised step and `Generation`."""
 
 import dataclasses
 import time
@@ -46,7 +46,7 @@ def train(cfg) -> float:
 
 
 def generation(model, batch: int, length: int, new: int) -> list[float]:
-    """[seconds to the first token, seconds of each further step] of a generation that is compiled."""
+    """[seconds to the first token, seconds of each further step], once compiled."""
     prompts = work.rows(batch, length, model.cfg.vocab_size)
     sampling = Sampling(temperature=0.0, max_tokens=new)
     for _ in range(2):
@@ -60,28 +60,35 @@ def generation(model, batch: int, length: int, new: int) -> list[float]:
     return [first - began, (end - first) / max(n - one, 1)]
 
 
+def prefill(model, batch: int) -> float:
+    """Seconds to the first token."""
+    return min(generation(model, batch, work.READ, 1)[0] for _ in range(work.REPEATS))
+
+
+def decode(model, batch: int, context: int) -> float:
+    """Seconds of a step."""
+    return generation(model, batch, context, work.NEW)[1]
+
+
 def main() -> None:
     """Times what was asked for."""
     args, seconds = work.arguments(), {}
     cfg = read_config(work.TINY, where="models_work.py")
     cfg = dataclasses.replace(cfg, remat=False, scan_unroll=cfg.num_layers)
 
-    def timed(name: str, measure) -> None:
+    def timed(name: str, measure, *how) -> None:
         if args.only in name:
-            seconds[name] = measure()
+            seconds[name] = measure(*how)
 
-    timed("tiny train", lambda: train(cfg))
+    timed("tiny train", train, cfg)
     model = jax.jit(lambda key: initialise(build(cfg), key))(jax.random.key(0))
     for context in work.CONTEXTS:
-        timed(f"tiny decode {context}", lambda: generation(model, 8, context, work.NEW)[1])
+        timed(f"tiny decode {context}", decode, model, 8, context)
     if args.smollm2:
         smol = open_model(args.smollm2, dtype="float32").module
         for batch in work.BATCHES:
-            timed(
-                f"smol prefill {batch}",
-                lambda: min(generation(smol, batch, work.READ, 1)[0] for _ in range(work.REPEATS)),
-            )
-            timed(f"smol decode {batch}", lambda: generation(smol, batch, work.AFTER, work.NEW)[1])
+            timed(f"smol prefill {batch}", prefill, smol, batch)
+            timed(f"smol decode {batch}", decode, smol, batch, work.AFTER)
     work.report(f"r1jax {r1jax.__version__}", seconds)
 
 

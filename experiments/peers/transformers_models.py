@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers on the work of `models_work.py`, its caches driven by hand: no generate() between."""
+"""transformers on the work of `models_work.py`, its cache driven by hand, not by generate()."""
 
 import os
 import pathlib
@@ -8,8 +8,8 @@ import time
 import models_work as work
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch
+import transformers
 
 
 def train(cfg) -> float:
@@ -43,31 +43,38 @@ def generation(model, batch: int, length: int, new: int) -> list[float]:
     return [first, work.steady(seconds) if seconds else 0.0]
 
 
+def prefill(model, batch: int) -> float:
+    """Seconds to the first token."""
+    return min(generation(model, batch, work.READ, 1)[0] for _ in range(work.REPEATS))
+
+
+def decode(model, batch: int, context: int) -> float:
+    """Seconds of a step."""
+    return generation(model, batch, context, work.NEW)[1]
+
+
 def main() -> None:
     """Times what was asked for."""
     torch.manual_seed(0)
     args, seconds = work.arguments(), {}
     cfg = transformers.DeepseekV3Config(**work.TINY)
 
-    def timed(name: str, measure) -> None:
+    def timed(name: str, measure, *how) -> None:
         if args.only in name:
-            seconds[name] = measure()
+            seconds[name] = measure(*how)
 
-    timed("tiny train", lambda: train(cfg))
+    timed("tiny train", train, cfg)
     model = transformers.DeepseekV3ForCausalLM(cfg).float().eval()
     for context in work.CONTEXTS:
-        timed(f"tiny decode {context}", lambda: generation(model, 8, context, work.NEW)[1])
+        timed(f"tiny decode {context}", decode, model, 8, context)
     if args.smollm2:
         file = pathlib.Path(args.smollm2)
         smol = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32
         ).eval()
         for batch in work.BATCHES:
-            timed(
-                f"smol prefill {batch}",
-                lambda: min(generation(smol, batch, work.READ, 1)[0] for _ in range(work.REPEATS)),
-            )
-            timed(f"smol decode {batch}", lambda: generation(smol, batch, work.AFTER, work.NEW)[1])
+            timed(f"smol prefill {batch}", prefill, smol, batch)
+            timed(f"smol decode {batch}", decode, smol, batch, work.AFTER)
     work.report(f"transformers {transformers.__version__}", seconds)
 
 

@@ -206,7 +206,9 @@ class Generation:
         need = longest + 2 * (ROOM + self.sampling.drafts + 1)
         if need <= session.cache.capacity:
             return session
-        capacity = _bucket(need)
+        # Room for what is left, or for twice as much: a longer cache is another program.
+        left = int(np.asarray(session.left_B).max())
+        capacity = _bucket(need + min(left, longest))
         session = session._replace(cache=grown(session.cache, capacity))
         if session.drafter is not None:
             d = session.drafter
@@ -292,7 +294,8 @@ def _check(model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
 
 def _bucket(n: int) -> int:
     """A capacity for `n` tokens: few different ones, so that few programs are compiled."""
-    return 1 << max(n - 1, 127).bit_length() if n <= 1024 else -(-n // 1024) * 1024
+    step = 1 << max(n.bit_length() - 4, 7)
+    return 1 << max(n - 1, 127).bit_length() if n <= 1024 else -(-n // step) * step
 
 
 @functools.partial(jax.jit, static_argnames=("treedef", "rules"), donate_argnames="session")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1jax.ops.experts import TILE, choose, experts, tile_slots
+from r1jax.ops.experts import TILES, choose, experts, tile, tile_slots
 
 # Sums of up to 24 float32 products of order 1, scatter-added in another order.
 FLOAT32 = 5e-5
@@ -18,6 +18,7 @@ FLOAT32 = 5e-5
 BFLOAT16 = 4e-2
 IMPLEMENTATIONS = ["ragged", "tiled", "dense"]
 D, F = 3, 4
+TILE = TILES[0]
 
 
 # Assignments [T, K]; those of one shape share a compilation. T is no multiple of TILE.
@@ -106,7 +107,7 @@ def test_unknown_implementation():
         experts(*arguments("one_token"), implementation="fast")
 
 
-slots_jit = jax.jit(tile_slots)
+slots_jit = jax.jit(tile_slots, static_argnums=2)
 
 
 @settings(max_examples=40)
@@ -121,10 +122,38 @@ def test_tile_slots(seed, rows, spread):
     share = rng.dirichlet(np.full(n_experts, spread))  # a small spread leaves experts empty
     expert = np.sort(rng.choice(n_experts, rows, p=share)).astype(np.int32)
     sizes = np.bincount(expert, minlength=n_experts).astype(np.int32)
-    slot, of_tile = (np.asarray(a) for a in slots_jit(expert, sizes))
+    slot, of_tile = (np.asarray(a) for a in slots_jit(expert, sizes, TILE))
     assert len(set(slot.tolist())) == rows
     assert slot.min() >= 0
     assert slot.max() < len(of_tile) * TILE
     np.testing.assert_array_equal(of_tile[slot // TILE], expert)
     assert of_tile.min() >= 0
     assert of_tile.max() < n_experts
+
+
+@pytest.mark.parametrize(
+    ("rows_per_expert", "d", "f", "rows"),
+    [(2688, 64, 32, 32), (256, 256, 128, 32), (512, 256, 128, 64), (4096, 256, 128, 128)],
+)
+def test_a_tile_grows_with_the_weights_it_copies_and_the_rows_there_are(
+    rows_per_expert, d, f, rows
+):
+    assert tile(rows_per_expert, d, f) == rows
+
+
+def test_large_tiles_are_the_dense_sum():
+    """Weights of 256 × 128 and 600 rows an expert take tiles of 128 rows; one expert gets none."""
+    rng = np.random.default_rng(0)
+    t, d, f, e = 1200, 256, 128, 4
+    assert tile(t * 2 / e, d, f) == 128
+    x = rng.normal(size=(t, d)).astype(np.float32)
+    weights = tuple(
+        jnp.asarray(rng.normal(size=s) / 16, jnp.float32) for s in ((e, d, f), (e, d, f), (e, f, d))
+    )
+    index = jnp.asarray([rng.permutation(3)[:2] for _ in range(t)], jnp.int32)
+    share = jnp.asarray(rng.uniform(size=(t, 2)), jnp.float32)
+    one, other = (
+        jax.jit(lambda x, how=how: experts(x, index, share, weights, implementation=how))(x)
+        for how in ("tiled", "dense")
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
