@@ -154,7 +154,7 @@ class Recipe:
             "name": name,
             "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
             "steps": steps,
-            "seconds": round(seconds, 2),
+            "seconds": round(seconds, 4),
             **figures,
             "answers": answers[: self.cfg.evaluation.shown],
         }
