@@ -29,7 +29,9 @@ _GENERATE = """\
 Answers a prompt, streaming. With a chat template the prompt is a user's turn; --raw
 takes it as it is. --draft N lets the checkpoint's own multi-token-prediction module
 draft up to N tokens a round, which the model verifies in one pass: the distribution of
-the answers is the same, greedy answers are token for token.
+the answers is the same, greedy answers are token for token. --rerank K drafts K
+continuations of N tokens instead and keeps the one the model finds likeliest, whole:
+this changes the distribution.
 
 """
 _CHAT = """\
@@ -90,6 +92,7 @@ def _sampling(verb: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, default=None, help="of an answer (default: 512, if they fit)")
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
     add("--draft", type=int, default=0, metavar="N", help="most tokens drafted a round")
+    add("--rerank", type=int, default=0, metavar="K", help="keep the best of K drafts, unverified")
     add("--system", default=None, help="the system turn, if the template has one")
     add("--dtype", choices=DTYPES, default="stored", help="of the weights (default: as they are)")
     _ignore(verb)
@@ -219,6 +222,7 @@ def _settings(args: argparse.Namespace, model: Any, prompt_tokens: int) -> Any:
         max_tokens=most,
         eos_ids=model.tokenizer.eos_ids,
         drafts=args.draft,
+        rerank=args.rerank,
         seed=args.seed,
     )
 
@@ -239,13 +243,11 @@ def _answer(args: argparse.Namespace, model: Any, ids: list[int], show: Callable
     return "".join(parts), generation.counts, time.monotonic() - began
 
 
-def _report(counts: Any, seconds: float) -> None:
+def _report(counts: Any, seconds: float, rerank: int) -> None:
     line = f"{counts.tokens} tokens, {counts.tokens / seconds:.1f} a second (compilation included)"
     if counts.drafted:
-        line += (
-            f"; {counts.drafted} drafted, {100 * counts.acceptance:.0f} % accepted, "
-            f"{counts.tokens_per_pass:.2f} tokens a pass"
-        )
+        fate = f"best of {rerank} kept" if rerank else f"{100 * counts.acceptance:.0f} % accepted"
+        line += f"; {counts.drafted} drafted, {fate}, {counts.tokens_per_pass:.2f} tokens a pass"
     _say(line)
 
 
@@ -274,7 +276,7 @@ def _generate(args: argparse.Namespace) -> None:
         print(json.dumps(found, ensure_ascii=False, indent=2))
     else:
         print()
-    _report(counts, seconds)
+    _report(counts, seconds, args.rerank)
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -292,5 +294,5 @@ def _chat(args: argparse.Namespace) -> None:
         ids = model.tokenizer.chat_ids(messages)
         text, counts, seconds = _answer(args, model, ids, _write)
         print()
-        _report(counts, seconds)
+        _report(counts, seconds, args.rerank)
         messages.append({"role": "assistant", "content": text})

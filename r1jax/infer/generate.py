@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r1jax.infer import rerank
 from r1jax.infer.cache import Cache, begin, extend, grown, last
 from r1jax.infer.multitoken import (
     Drafter,
@@ -42,6 +43,8 @@ class Sampling:
         max_tokens: of a completion, the end of sequence included.
         eos_ids: tokens that end a completion.
         drafts: most tokens drafted a round by the MTP module; 0: plain decoding.
+        rerank: draft so many continuations a round and keep the one that the main model finds
+            likeliest, in place of verifying one; this changes the distribution (`infer.rerank`).
         seed: of the noise.
     """
 
@@ -51,6 +54,7 @@ class Sampling:
     max_tokens: int = 512
     eos_ids: tuple[int, ...] = ()
     drafts: int = 0
+    rerank: int = 0
     seed: int = 0
 
     def __post_init__(self):
@@ -64,13 +68,17 @@ class Sampling:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
         if not 0 <= self.drafts <= 8:
             raise ValueError(f"draft={self.drafts} must lie in 0..8 (0: plain decoding)")
+        if not (self.rerank == 0 or 2 <= self.rerank <= 64):
+            raise ValueError(f"rerank={self.rerank} must lie in 2..64 (0: drafts are verified)")
+        if self.rerank and not self.drafts:
+            raise ValueError(f"rerank={self.rerank} chooses among drafts: set draft to 1 or more")
 
     @property
     def rules(self) -> Rules:
         """What of it is compiled in."""
         top_p = None if self.top_p == 1 or self.temperature == 0 else self.top_p
         top_k = None if self.temperature == 0 else self.top_k
-        return Rules(tuple(sorted(self.eos_ids)), top_k, top_p, self.drafts)
+        return Rules(tuple(sorted(self.eos_ids)), top_k, top_p, self.drafts, self.rerank)
 
 
 class Counts(NamedTuple):
@@ -152,7 +160,7 @@ class Generation:
         """Some rounds: with drafts if they pay for some row now, else without."""
         rules, how = self.sampling.rules, (most, self._costs)
         drafting = session.drafter is not None
-        if not drafting or not np.asarray(_wants(session, self._costs, most=rules.drafts)).any():
+        if not drafting or not (rules.rerank or self._drafting_pays(session)):
             rules = rules._replace(drafts=0)
         fixed = dict(treedef=self._treedef, rules=rules)
         session = _run(self._weights, session, self._temperature_B, how, **fixed)
@@ -160,6 +168,9 @@ class Generation:
             drafter = _catch_up(self._weights, session.drafter, treedef=self._treedef)
             session = session._replace(drafter=drafter)
         return session
+
+    def _drafting_pays(self, session: Session) -> bool:
+        return np.asarray(_wants(session, self._costs, most=self.sampling.drafts)).any()
 
     def _count(self, made: np.ndarray, new: np.ndarray) -> None:
         passes, drafted, accepted = (int(n) for n in new)
@@ -174,8 +185,9 @@ class Generation:
     def _prefill(self) -> Session:
         lengths = np.array([len(p) for p in self._prompts], np.int32)
         rules = self.sampling.rules
-        if rules.drafts and not pays(jnp.full(1, HOPE), self._costs, rules.drafts).any():
-            rules = rules._replace(drafts=0)  # not even with high hopes
+        if rules.drafts and not rules.rerank:
+            if not pays(jnp.full(1, HOPE), self._costs, rules.drafts).any():
+                rules = rules._replace(drafts=0)  # not even with high hopes
         cache, drafter_own, hidden_BD = prefill(self.model, self._prompts, rules.drafts > 0)
         key, now = jax.random.split(jax.random.key(self.sampling.seed))
         token_B = _first(self.model, hidden_BD, self._temperature_B, now, rules=rules)
@@ -300,8 +312,10 @@ def _bucket(n: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("treedef", "rules"), donate_argnames="session")
 def _run(weights, session: Session, temperature_B, how, *, treedef, rules: Rules) -> Session:
-    model = jax.tree.unflatten(treedef, weights)
-    return run(model, session, temperature_B, *how, rules=rules)
+    model, (most, costs) = jax.tree.unflatten(treedef, weights), how
+    if rules.drafts and rules.rerank:
+        return rerank.run(model, session, temperature_B, most, rules=rules)
+    return run(model, session, temperature_B, most, costs, rules=rules)
 
 
 @functools.partial(jax.jit, static_argnames="treedef", donate_argnames="drafter")

@@ -7,6 +7,7 @@ main model's. Drafts come from the checkpoint's own MTP module (DeepSeek-V3 sect
 its own output for the second draft and on. A round without drafts is plain decoding.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -71,12 +72,15 @@ class Rules(NamedTuple):
         top_k: as in `sample.truncate`.
         top_p: as in `sample.truncate`.
         drafts: most drafts a round.
+        rerank: continuations of `drafts` tokens that `rerank.run` chooses from; 0: drafts are
+            verified.
     """
 
     eos_ids: tuple[int, ...] = ()
     top_k: int | None = None
     top_p: float | None = None
     drafts: int = 0
+    rerank: int = 0
 
 
 def start_drafter(own: Entry, length_B, hidden_BD: jax.Array, token_B: jax.Array, *, width: int):
@@ -95,10 +99,15 @@ def extend_mtp(model, hidden_BTD: jax.Array, next_BT: jax.Array, own: Entry, len
     return model.mtp.cached(hidden_BTD, model.embed_tokens(next_BT), turn, own, step)
 
 
-def probabilities(model, hidden_BTD: jax.Array, temperature_B: jax.Array, rules: Rules):
-    """[B, T, N] that the next tokens are drawn from; logits in float32."""
+def head_logits(model, hidden_BTD: jax.Array) -> jax.Array:
+    """[B, T, N] float32 logits of the shared head."""
     head_DN = model.head_DN().astype(hidden_BTD.dtype)
-    logits_BTN = jnp.einsum("btd,dn->btn", hidden_BTD, head_DN, preferred_element_type=jnp.float32)
+    return jnp.einsum("btd,dn->btn", hidden_BTD, head_DN, preferred_element_type=jnp.float32)
+
+
+def probabilities(model, hidden_BTD: jax.Array, temperature_B: jax.Array, rules: Rules):
+    """[B, T, N] that the next tokens are drawn from."""
+    logits_BTN = head_logits(model, hidden_BTD)
     return distribution(logits_BTN, temperature_B, top_k=rules.top_k, top_p=rules.top_p)
 
 
@@ -123,13 +132,10 @@ def run(
         rules: with `drafts` = 0 no round drafts, also where the session has a drafter: `catch_up`
             must then follow before it drafts again.
     """
-    zeros = jnp.zeros_like
-    session = session._replace(made_B=zeros(session.made_B), counts=zeros(session.counts))
-    most = jnp.minimum(most, session.tokens_BM.shape[1] - rules.drafts)
+    more = more_of(session, most, rules)
 
     def go_on(s: Session):
-        more = (s.left_B > 0).any() & (s.made_B < most).all()
-        return more & wants(s, costs, rules.drafts).any() if rules.drafts else more
+        return more(s) & wants(s, costs, rules.drafts).any() if rules.drafts else more(s)
 
     def body(s: Session):
         key, now = jax.random.split(s.key)
@@ -143,7 +149,18 @@ def run(
             drafts = jnp.zeros((b, 0), jnp.int32), jnp.zeros((b, 0, n)), jnp.zeros(b, jnp.int32)
         return _judged(model, s, drafts, temperature_B, now, rules=rules)
 
-    return jax.lax.while_loop(go_on, body, session)
+    return jax.lax.while_loop(go_on, body, uncounted(session))
+
+
+def uncounted(s: Session) -> Session:
+    """The session with nothing made and nothing counted in this call."""
+    return s._replace(made_B=jnp.zeros_like(s.made_B), counts=jnp.zeros_like(s.counts))
+
+
+def more_of(session: Session, most: jax.Array, rules: Rules) -> Callable[[Session], jax.Array]:
+    """Whether a session is to go on: a row is not done, and none has made `most` tokens."""
+    most = jnp.minimum(most, session.tokens_BM.shape[1] - rules.drafts)
+    return lambda s: (s.left_B > 0).any() & (s.made_B < most).all()
 
 
 def wants(s: Session, costs: Costs, most: int) -> jax.Array:
@@ -204,30 +221,58 @@ def _judged(model, s: Session, drafts, temperature_B, key, *, rules: Rules) -> S
     hidden_BTD, cache = extend(model, fed_BT, s.cache)
     target = probabilities(model, hidden_BTD, temperature_B, rules)
     verdict = verify(target, q_BTN, draft_BT, horizon_B, key)
-    new_BT = jnp.pad(draft_BT, ((0, 0), (0, 1)))
+    on = advanced(s, cache, hidden_BTD, Drawn(draft_BT, horizon_B, *verdict), rules=rules)
+    if s.drafter is None:
+        return on
+    # A row that was done keeps its rate for nobody.
+    rate_B = updated_rate(s.drafter.rate_B, horizon_B, verdict.accepted_B)
+    return on._replace(drafter=on.drafter._replace(rate_B=rate_B))
+
+
+class Drawn(NamedTuple):
+    """What a round brought each row.
+
+    Attributes:
+        draft_BT: [B, T] int32 drafts that were fed after the last token.
+        drafted_B: [B] how many were drafted, for the counts.
+        accepted_B: [B] how many of `draft_BT` are kept.
+        token_B: [B] int32 the token after these.
+    """
+
+    draft_BT: jax.Array
+    drafted_B: jax.Array
+    accepted_B: jax.Array
+    token_B: jax.Array
+
+
+def advanced(s: Session, cache: Cache, hidden_BTD, drawn: Drawn, *, rules: Rules) -> Session:
+    """The session after a round.
+
+    Args:
+        s: before it.
+        cache: with the entries of the last token and the drafts.
+        hidden_BTD: [B, T + 1, D] of these.
+        drawn: what became of them.
+        rules: when a row ends.
+    """
+    new_BT = jnp.pad(drawn.draft_BT, ((0, 0), (0, 1)))
     place_T = jnp.arange(new_BT.shape[1])
-    accepted_B1, token_B1 = verdict.accepted_B[:, None], verdict.token_B[:, None]
-    new_BT = jnp.where(place_T == accepted_B1, token_B1, new_BT)
+    new_BT = jnp.where(place_T == drawn.accepted_B[:, None], drawn.token_B[:, None], new_BT)
     live_B = s.left_B > 0
-    kept_B, ended_B = _kept(new_BT, verdict.accepted_B + 1, s.left_B, rules.eos_ids)
+    kept_B, ended_B = _kept(new_BT, drawn.accepted_B + 1, s.left_B, rules.eos_ids)
     row_B1 = jnp.arange(new_BT.shape[0])[:, None]
     # What a row does not keep is written beyond the width, that is nowhere.
     width = s.tokens_BM.shape[1]
     slot_BT = jnp.where(place_T < kept_B[:, None], s.made_B[:, None] + place_T, width)
+    fed_B = jnp.where(live_B, drawn.accepted_B + 1, 0)
     drafter = s.drafter
     if drafter is not None:
-        fed_B = jnp.where(live_B, verdict.accepted_B + 1, 0)
         drafter = _seen(drafter, hidden_BTD, new_BT, fed_B)
-        accepted_B = jnp.where(live_B, verdict.accepted_B, 0)
-        rate_B = updated_rate(drafter.rate_B, horizon_B, accepted_B)
-        drafter = drafter._replace(rate_B=jnp.where(live_B, rate_B, drafter.rate_B))
-    tally = jnp.stack([jnp.ones_like(live_B, jnp.int32), horizon_B, verdict.accepted_B])
+    tally = jnp.stack([jnp.ones_like(live_B, jnp.int32), drawn.drafted_B, drawn.accepted_B])
     return s._replace(
-        cache=cache._replace(
-            length_B=cache.length_B + jnp.where(live_B, verdict.accepted_B + 1, 0)
-        ),
+        cache=cache._replace(length_B=cache.length_B + fed_B),
         drafter=drafter,
-        token_B=jnp.where(live_B, verdict.token_B, s.token_B),
+        token_B=jnp.where(live_B, drawn.token_B, s.token_B),
         left_B=jnp.where(ended_B, 0, s.left_B - kept_B),
         tokens_BM=s.tokens_BM.at[row_B1, slot_BT].set(new_BT, mode="drop"),
         made_B=s.made_B + kept_B,

@@ -27,10 +27,20 @@ class MTP(nnx.Module):
         x_BTD, (_, stats) = self.block(x_BTD, rotation, mask_BTS, valid_BT)
         return self.norm(x_BTD), stats
 
-    def cached(self, hidden_BTD, next_embed_BTD, rotation, own: Entry, step: Step):
-        """The same for new positions over the module's own cache: (hidden_BTD, own)."""
+    def cached(
+        self,
+        hidden_BTD,
+        next_embed_BTD,
+        rotation,
+        own: Entry,
+        step: Step,
+        *,
+        prompt: Entry | None = None,
+    ):
+        """The same for new positions over the module's own cache, and one shared by several rows
+        where there is one: (hidden_BTD, own)."""
         x_BTD = self._joined(hidden_BTD, next_embed_BTD)
-        x_BTD, own = self.block.cached(x_BTD, rotation, None, own, step)
+        x_BTD, own = self.block.cached(x_BTD, rotation, prompt, own, step)
         return self.norm(x_BTD), own
 
     def _joined(self, hidden_BTD, next_embed_BTD):
