@@ -185,9 +185,9 @@ class Generation:
     def _prefill(self) -> Session:
         lengths = np.array([len(p) for p in self._prompts], np.int32)
         rules = self.sampling.rules
-        if rules.drafts and not rules.rerank:
-            if not pays(jnp.full(1, HOPE), self._costs, rules.drafts).any():
-                rules = rules._replace(drafts=0)  # not even with high hopes
+        hopeless = not pays(jnp.full(1, HOPE), self._costs, rules.drafts).any()
+        if hopeless and not rules.rerank:
+            rules = rules._replace(drafts=0)
         cache, drafter_own, hidden_BD = prefill(self.model, self._prompts, rules.drafts > 0)
         key, now = jax.random.split(jax.random.key(self.sampling.seed))
         token_B = _first(self.model, hidden_BD, self._temperature_B, now, rules=rules)
