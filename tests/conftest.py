@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight virtual CPU devices for every test, and one hypothesis profile."""
+"""Eight virtual CPU devices for every test, one hypothesis profile, programs forgotten in time."""
 
 import os
 
@@ -14,6 +14,8 @@ for _flag, _value in (
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 
 import hypothesis  # noqa: E402  (after the environment is set)
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # No deadline: the first example of a jitted function compiles. Derandomised: red is red again.
 hypothesis.settings.register_profile(
@@ -25,3 +27,10 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("r1jax")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_forgotten():
+    """A program on CPU keeps some ten memory maps; a process may have 65,530 and dies of more."""
+    yield
+    jax.clear_caches()
