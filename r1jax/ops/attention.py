@@ -4,6 +4,9 @@
 Every function takes its keys as *parts*: arrays whose batch either equals the queries' batch B or
 divides it, in which case a part's row p serves the queries of rows p·G … p·G + G − 1. So the G
 samples of one prompt attend to one copy of the prompt's cache.
+
+From `LONG` query-key pairs on one part is attended to block by block (`ops.blockwise`): the same in
+exact arithmetic, but for queries that may attend to no key.
 """
 
 from typing import NamedTuple
@@ -11,6 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from r1jax.ops.blockwise import attend
+
+LONG = 2**18  # T · S of a head: below, whole logits are as fast (experiments/log/006_…)
 NEG = -1e30  # finite: a query without any key gets uniform weights, not NaN
 
 
@@ -74,12 +80,13 @@ def mla_naive(
     shared_BSHR = jnp.broadcast_to(
         part.k_rope_PSR[:, :, None], (*k_BSHK.shape[:3], part.k_rope_PSR.shape[-1])
     )
-    logits = jnp.einsum(
-        "bthk,bshk->bhts",
-        jnp.concatenate([q_nope_BTHK, q_rope_BTHR], -1),
-        jnp.concatenate([k_BSHK, shared_BSHR], -1),
-        preferred_element_type=jnp.float32,
-    )
+    q_BTHK = jnp.concatenate([q_nope_BTHK, q_rope_BTHR], -1)
+    k_BSHK = jnp.concatenate([k_BSHK, shared_BSHR], -1)
+    if _long((part,), q_BTHK):
+        heads = lambda x: jnp.moveaxis(x, 1, 2)  # noqa: E731
+        out = attend(heads(q_BTHK)[:, :, None], heads(k_BSHK), heads(v_BSHV), part.mask_BTS, scale)
+        return jnp.moveaxis(out[:, :, 0], 2, 1)
+    logits = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     weights = _softmax(logits * scale, part.mask_BTS[:, None]).astype(dtype)
     return jnp.einsum("bhts,bshv->bthv", weights, v_BSHV)
 
@@ -102,6 +109,14 @@ def mla_absorbed(
     """
     dtype = q_nope_BTHK.dtype
     q_BTHC = jnp.einsum("bthk,chk->bthc", q_nope_BTHK, w_uk_CHK.astype(dtype))
+    if _long(parts, q_BTHC):
+        (part,) = parts
+        q_BHTE = jnp.moveaxis(jnp.concatenate([q_BTHC, q_rope_BTHR], -1), 1, 2)
+        k_BSE = jnp.concatenate([part.c_PSC, part.k_rope_PSR], -1)
+        mean_BHTC = attend(
+            q_BHTE[:, None], k_BSE[:, None], part.c_PSC[:, None], part.mask_BTS, scale
+        )[:, 0]
+        return jnp.einsum("bhtc,chv->bthv", mean_BHTC, w_uv_CHV.astype(dtype))
     logits, masks = [], []
     for part in parts:
         n = part.c_PSC.shape[0]
@@ -141,6 +156,11 @@ def gqa(q_BTHK: jax.Array, parts: tuple[KVPart, ...], *, scale: float) -> jax.Ar
     b, t, h, k = q_BTHK.shape
     heads = parts[0].k_PSJK.shape[2]
     q = q_BTHK.reshape(b, t, heads, h // heads, k)
+    if _long(parts, q_BTHK):
+        (part,) = parts
+        keys, values = jnp.moveaxis(part.k_PSJK, 1, 2), jnp.moveaxis(part.v_PSJK, 1, 2)
+        out = attend(jnp.moveaxis(q, 1, 3), keys, values, part.mask_BTS, scale)
+        return jnp.moveaxis(out, 3, 1).reshape(q_BTHK.shape)
     logits, masks = [], []
     for part in parts:
         one = jnp.einsum(
@@ -159,6 +179,13 @@ def gqa(q_BTHK: jax.Array, parts: tuple[KVPart, ...], *, scale: float) -> jax.Ar
         out += jnp.einsum("pgjits,psjk->pgtjik", w, part.v_PSJK).reshape(q.shape)
         start += s
     return out.reshape(q_BTHK.shape)
+
+
+def _long(parts: tuple[LatentPart | KVPart, ...], q_BTHK: jax.Array) -> bool:
+    """Whether the keys are one part of the queries' batch, and many."""
+    mask_BTS = parts[0].mask_BTS
+    one = len(parts) == 1 and parts[0][0].shape[0] == q_BTHK.shape[0]
+    return one and mask_BTS.shape[1] * mask_BTS.shape[2] >= LONG and mask_BTS.shape[1] > 16
 
 
 def _group(x: jax.Array, n: int) -> jax.Array:
