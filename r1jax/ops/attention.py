@@ -117,28 +117,27 @@ def mla_absorbed(
             q_BHTE[:, None], k_BSE[:, None], part.c_PSC[:, None], part.mask_BTS, scale
         )[:, 0]
         return jnp.einsum("bhtc,chv->bthv", mean_BHTC, w_uv_CHV.astype(dtype))
+    b, t, h, _ = q_BTHC.shape
     logits, masks = [], []
-    for part in parts:
+    for part in parts:  # rows of queries are (sample, time, head), as they lie: nothing is moved
         n = part.c_PSC.shape[0]
-        one = jnp.einsum(
-            "pgthc,psc->pghts", _group(q_BTHC, n), part.c_PSC, preferred_element_type=jnp.float32
-        )
-        one += jnp.einsum(
-            "pgthr,psr->pghts",
-            _group(q_rope_BTHR, n),
-            part.k_rope_PSR,
-            preferred_element_type=jnp.float32,
-        )
-        logits.append(one.reshape(-1, *one.shape[2:]))
-        masks.append(part.mask_BTS[:, None])
+        one = _scores(q_BTHC.reshape(n, -1, q_BTHC.shape[-1]), part.c_PSC)
+        one += _scores(q_rope_BTHR.reshape(n, -1, q_rope_BTHR.shape[-1]), part.k_rope_PSR)
+        logits.append(one.reshape(b, t, h, -1))
+        masks.append(part.mask_BTS[:, :, None])
     weights = _softmax(jnp.concatenate(logits, -1) * scale, jnp.concatenate(masks, -1))
     mean_BTHC, start = jnp.zeros_like(q_BTHC), 0
     for part in parts:
         n, s = part.c_PSC.shape[:2]
-        w = _group(weights[..., start : start + s].astype(dtype), n)
-        mean_BTHC += jnp.einsum("pghts,psc->pgthc", w, part.c_PSC).reshape(q_BTHC.shape)
+        w = weights[..., start : start + s].astype(dtype).reshape(n, -1, s)
+        mean_BTHC += jnp.einsum("pqs,psc->pqc", w, part.c_PSC).reshape(q_BTHC.shape)
         start += s
     return jnp.einsum("bthc,chv->bthv", mean_BTHC, w_uv_CHV.astype(dtype))
+
+
+def _scores(q_PQC: jax.Array, k_PSC: jax.Array) -> jax.Array:
+    """[P, Q, S] float32."""
+    return jnp.einsum("pqc,psc->pqs", q_PQC, k_PSC, preferred_element_type=jnp.float32)
 
 
 def gqa(q_BTHK: jax.Array, parts: tuple[KVPart, ...], *, scale: float) -> jax.Array:

@@ -13,7 +13,10 @@ None drops a token at any load. `experiments/bench_experts.py` measures them.
 import jax
 import jax.numpy as jnp
 
+from r1jax.ops.mlp import gated
+
 TILES = (32, 128)  # fewest and most rows of a tile
+FEW = 16  # tokens up to which `dense` reads the experts' weights where they lie, not as one matrix
 
 
 def tile(rows_per_expert: float, d: int, f: int) -> int:
@@ -77,8 +80,13 @@ def _dense(x_TD, index_TK, weight_TK, weights):
     e, d, f = w_gate_EDF.shape
     gate_TE = (jax.nn.one_hot(index_TK, e, dtype=jnp.float32) * weight_TK[..., None]).sum(1)
     wide = lambda w: w.transpose(1, 0, 2).reshape(d, e * f)  # noqa: E731
-    h = jax.nn.silu(x_TD @ wide(w_gate_EDF)) * (x_TD @ wide(w_up_EDF))
-    h = h.reshape(-1, e, f) * gate_TE[:, :, None].astype(x_TD.dtype)
+    if len(x_TD) <= FEW:
+        x_ETD = jnp.broadcast_to(x_TD, (e, *x_TD.shape))
+        up = lambda w: jnp.einsum("etd,edf->etf", x_ETD, w).swapaxes(0, 1)  # noqa: E731
+    else:
+        up = lambda w: (x_TD @ wide(w)).reshape(-1, e, f)  # noqa: E731
+    h = gated(up(w_gate_EDF), up(w_up_EDF))
+    h = h * gate_TE[:, :, None].astype(x_TD.dtype)
     return h.reshape(-1, e * f) @ w_down_EFD.reshape(e * f, d)
 
 
@@ -88,7 +96,7 @@ def _ragged(x_TD, index_TK, weight_TK, weights):
     rows = x_TD[token]
     gate = jax.lax.ragged_dot(rows, w_gate_EDF, sizes)
     up = jax.lax.ragged_dot(rows, w_up_EDF, sizes)
-    out = jax.lax.ragged_dot(jax.nn.silu(gate) * up, w_down_EFD, sizes)
+    out = jax.lax.ragged_dot(gated(gate, up), w_down_EFD, sizes)
     out = out * weight_TK.reshape(-1)[order][:, None].astype(x_TD.dtype)
     return jnp.zeros_like(x_TD).at[token].add(out)
 
@@ -107,8 +115,8 @@ def _tiled(x_TD, index_TK, weight_TK, weights):
         .set(x_TD[token], unique_indices=True)
     )
     rows = rows.reshape(n_tiles, tile_rows, d)
-    h = jax.nn.silu(jnp.einsum("ird,idf->irf", rows, w_gate_EDF[expert_I]))
-    h = h * jnp.einsum("ird,idf->irf", rows, w_up_EDF[expert_I])
+    up = lambda w: jnp.einsum("ird,idf->irf", rows, w[expert_I])  # noqa: E731
+    h = gated(up(w_gate_EDF), up(w_up_EDF))
     out = jnp.einsum("irf,ifd->ird", h, w_down_EFD[expert_I]).reshape(-1, d)[slot_M]
     out = out * weight_TK.reshape(-1)[order][:, None].astype(x_TD.dtype)
     back = jnp.argsort(order)

@@ -18,4 +18,29 @@ def swiglu(x: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: ja
     dtype = x.dtype
     gate = jnp.einsum("...d,df->...f", x, w_gate_DF.astype(dtype))
     up = jnp.einsum("...d,df->...f", x, w_up_DF.astype(dtype))
-    return jnp.einsum("...f,fd->...d", jax.nn.silu(gate) * up, w_down_FD.astype(dtype))
+    return jnp.einsum("...f,fd->...d", gated(gate, up), w_down_FD.astype(dtype))
+
+
+@jax.custom_vjp
+def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """SiLU(gate) ⊙ up; its gradients are made once each and not again inside their users.
+
+    Each is an operand of two products, for the activations and for the weights. XLA:CPU fuses the
+    whole formula into the second's transposition, where it runs column by column: 1.5 ms in place
+    of 0.1 for 1,280 × 128 values. Reverse mode only.
+    """
+    return jax.nn.silu(gate) * up
+
+
+def _gated_forward(gate, up):
+    return gated(gate, up), (gate, up)
+
+
+def _gated_backward(residuals, given):
+    gate, up = residuals
+    share = jax.nn.sigmoid(gate)
+    slope = share * (1.0 + gate * (1.0 - share))  # of SiLU
+    return jax.lax.optimization_barrier((given * up * slope, given * gate * share))
+
+
+gated.defvjp(_gated_forward, _gated_backward)

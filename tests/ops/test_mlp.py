@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """SwiGLU against numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.ops.mlp import swiglu
+from r1jax.ops.mlp import gated, swiglu
 
 # Three float32 products with sums of 6 terms of order 1.
 FLOAT32 = 1e-5
@@ -39,3 +40,12 @@ def test_weights_are_cast_to_the_activations():
     np.testing.assert_allclose(
         out.astype(jnp.float32), expected, rtol=BFLOAT16, atol=BFLOAT16 * np.abs(expected).max()
     )
+
+
+def test_the_gradient_written_down_is_that_of_the_formula():
+    rng = np.random.default_rng(1)
+    gate, up, given = (jnp.asarray(8 * rng.normal(size=(5, 7)), jnp.float32) for _ in range(3))
+    got = jax.jit(lambda *x: jax.vjp(gated, *x)[1](given))(gate, up)
+    want = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)[1](given)
+    for one, exact in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, exact, rtol=FLOAT32, atol=FLOAT32)
