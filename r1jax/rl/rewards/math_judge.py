@@ -3,8 +3,8 @@
 
 No r1jax and no JAX here: the pool loads this file by its path. Two things are changed in
 math-verify 0.9: its own time limit by `signal.alarm` is off (the pool has the deadline, and kills);
-and sympy's `parse_expr`, which ends in `eval` even for `Number("58")`, is replaced by a walk over the
-syntax tree of plain arithmetic, and for single numbers by a pattern.
+and sympy's `parse_expr`, which ends in `eval` even for `Number("58")`, is replaced by a walk over
+the syntax tree of plain arithmetic, and for single numbers by a pattern.
 """
 
 import ast
@@ -13,6 +13,7 @@ import logging
 import re
 
 import sympy
+import sympy.physics.units  # reads its own names by `parse_expr`: before that is replaced
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, parser, verify
 from sympy.parsing import sympy_parser
 
