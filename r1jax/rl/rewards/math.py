@@ -53,14 +53,14 @@ def final_answer(text: str, template: Template | None = None) -> str:
       template: the tags of the completion.
 
     Returns:
-      The answer, "" if there is none.
+      The answer without the white space and full stop around it, "" if there is none.
     """
     part = parse(text, template).answer if template else text.rpartition(THOUGHT_END)[2]
     if (boxed := last_boxed(part)) is not None:
-        return boxed.strip()
-    if lines := FINAL_LINE.findall(part):
-        return lines[-1].strip()
-    return part.strip()
+        part = boxed
+    elif lines := FINAL_LINE.findall(part):
+        part = lines[-1]
+    return part.strip().rstrip(".;:").strip()
 
 
 class PendingRewards:
