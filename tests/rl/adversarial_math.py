@@ -127,7 +127,21 @@ CODE = [
     r"\def\x{\x\x}\x",
     r"\write18{id}",
 ]
-DIGITS = ["٧", "７", "७", "⁷", "₇", "Ⅶ", "⑦", "七", "𝟕", "7\u200b8", "\u202e7\u202c0", "7\u0301", "−8"]
+DIGITS = [
+    "٧",
+    "７",
+    "७",
+    "⁷",
+    "₇",
+    "Ⅶ",
+    "⑦",
+    "七",
+    "𝟕",
+    "7\u200b8",
+    "\u202e7\u202c0",
+    "7\u0301",
+    "−8",
+]
 BYTES = ["\x00", "7\x008", "\ud800", "\udfff7", "\ufeff", "\x1b[31m", "\r\r\r", "\u2028" * 3000]
 MANY_SIGNS = ["$", r"\(", r"\[", "answer ", "answer: ", "=", "1,", "final answer is ", r"\$", "$$ "]
 MEGABYTE = 1_000_000
@@ -166,6 +180,8 @@ def entries() -> list[tuple[str, str]]:
     pairs += [(boxed(SETS[0].replace("0", "1", 1)), SETS[0])]
     pairs += [((sign * 19_000)[:19_000], "7") for sign in MANY_SIGNS]
     pairs += [(text, "7") for text in huge()]
-    pairs += [(text, "7") for text in ("", " ", r"\boxed{}", r"\boxed{ }", "####", "#### ", r"\boxed")]
+    pairs += [
+        (text, "7") for text in ("", " ", r"\boxed{}", r"\boxed{ }", "####", "#### ", r"\boxed")
+    ]
     pairs += [(boxed("7, 8"), "7"), (boxed("7") + boxed("8"), "7"), (boxed("7 or 8"), "7")]
     return pairs

@@ -27,17 +27,21 @@ def math_pool(*, workers: int = 2, limits: Limits | None = None) -> WorkerPool:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{…}`, braces matched; None if there is none that closes."""
+    r"""What stands in the last `\boxed{…}`, braces matched; None if there is none that closes.
+
+    A box of more than `MAX_ANSWER_CHARS` is cut behind that many: too long is all there is to know.
+    """
     start = text.rfind(BOXED + "{")
     if start < 0:
         return None
     start += len(BOXED) + 1
     depth = 1
-    for brace in BRACES.finditer(text, start):
+    end = start + MAX_ANSWER_CHARS + 1
+    for brace in BRACES.finditer(text, start, end):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if not depth:
             return text[start : brace.start()]
-    return None
+    return text[start:end] if end <= len(text) else None
 
 
 def final_answer(text: str, template: Template | None = None) -> str:

@@ -89,7 +89,7 @@ class _Worker:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"},
+                env={"PYTHONPATH": paths},
                 cwd="/",
                 start_new_session=True,  # Ctrl-C is the parent's to handle
             )

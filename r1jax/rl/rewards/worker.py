@@ -124,8 +124,8 @@ def main(judge_path: str, limits_json: str, parent: str) -> NoReturn:
     for descriptor in (0, 1, 2):  # a library that prints cannot reach the socket
         os.dup2(null, descriptor)
     try:
+        judge = load(judge_path)  # before files may not grow: Python keeps the bytecode
         lower_limits(limits["memory_bytes"])
-        judge = load(judge_path)
     except Exception as error:
         send(connection, {"error": f"{type(error).__name__}: {error}"})
         os._exit(1)
