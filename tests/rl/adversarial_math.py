@@ -170,8 +170,9 @@ def huge() -> list[str]:
 
 def entries() -> list[tuple[str, str]]:
     """(completion, reference) pairs. All are wrong answers, or are to be counted as wrong."""
-    formulas = itertools.chain(POWERS, SERIES, SETS, SYMBOLS, NESTED, CODE, DIGITS, BYTES)
+    formulas = itertools.chain(POWERS, SERIES, SETS, SYMBOLS, NESTED, DIGITS, BYTES)
     pairs = [(boxed(text), "7") for text in formulas]
+    pairs += [(boxed(text), "71") for text in CODE]  # 7 is what some of them say
     pairs += [(f"The answer is ${text}$.", "7") for text in (*POWERS, *SERIES)]
     pairs += [(text, "7.5") for text in (*PLAIN, *CODE)]
     pairs += [(f"#### {text}", "7.5") for text in PLAIN]
