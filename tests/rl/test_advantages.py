@@ -147,7 +147,7 @@ def test_shift_invariant_centred_and_unit(rewards, shift):
 
 
 def test_leave_one_out_by_hand():
-    # The others' means are 2, 3, 4 | 3, 5: of two, each is the other's baseline.
+    # The means of the others are 2, 3, 4; of two samples each is the other's baseline.
     reward_B = jnp.array([5.0, 3.0, 1.0])
     found = leave_one_out_advantages(reward_B, group_size=3)
     np.testing.assert_allclose(found, [3.0, 0.0, -3.0], rtol=FLOAT32)
