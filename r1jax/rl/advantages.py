@@ -89,6 +89,31 @@ def group_advantages(
     return jnp.where(_differs(reward_PG, valid_PG) & valid_PG, advantage_PG, 0).reshape(-1)
 
 
+def leave_one_out_advantages(reward_B: jax.Array, *, group_size: int) -> jax.Array:
+    """A_i = r_i − mean of the rewards of the other samples (RLOO, arXiv 2402.14740).
+
+    Equal to G / (G − 1) · (r_i − mean_G), so the baseline of a sample does not depend on it and
+    the policy gradient is unbiased. The KL goes into the reward (`kl_penalised_reward`), and the
+    loss is `reinforce_loss` on policy, `output_grpo_loss` with a clip for several updates a batch.
+    What has no contrast, or no finite reward, has advantage 0 as in `group_advantages`.
+
+    Args:
+      reward_B: rewards [B = P·G], float, integer or boolean.
+      group_size: G, completions per prompt.
+
+    Returns:
+      Advantages [B], at least float32, of mean 0 in every group.
+
+    Raises:
+      ValueError: B is not a multiple of `group_size`.
+    """
+    reward_PG, valid_PG = _group(reward_B, group_size)
+    count_P1 = jnp.sum(valid_PG, axis=1, keepdims=True)
+    mean_P1 = jnp.sum(reward_PG, axis=1, keepdims=True) / jnp.maximum(count_P1, 1)
+    advantage_PG = (reward_PG - mean_P1) * count_P1 / jnp.maximum(count_P1 - 1, 1)
+    return jnp.where(_differs(reward_PG, valid_PG) & valid_PG, advantage_PG, 0).reshape(-1)
+
+
 def informative_groups(reward_B: jax.Array, *, group_size: int) -> jax.Array:
     """Which prompts have contrast: two finite rewards of the group differ.
 

@@ -19,6 +19,9 @@ A named algorithm is a sentence over parts that can all be imported:
 | `cispo_loss` | token | weight clipped | token mean | cap 5; β 0 |
 | `gspo_loss` | sequence | clipped | sequence mean | 3e-4, 4e-4; β 0 |
 | `gspo_token_loss` | sequence, token gradient | clipped | sequence mean | 3e-4, 4e-4; β 0 |
+| `reinforce_loss` | none | none | sum of an output, mean over outputs | β 0 |
+
+With a critic: `r1jax.rl.ppo`. From pairs of answers: `r1jax.rl.preference`.
 
 **Arguments common to all.** `logp_BT`, `old_logp_BT`, `ref_logp_BT` [B, T]: log-probabilities of
 the sampled tokens under the policy (differentiated), under the policy that sampled, and under the
@@ -36,12 +39,13 @@ Metrics are sums over tokens: see `r1jax.rl.policy`.
 import jax
 import jax.numpy as jnp
 
-from r1jax.rl.kl import KLEstimator, k3
+from r1jax.rl.kl import KLEstimator, k2, k3
 from r1jax.rl.policy import Metrics, policy_loss, policy_tokens
 from r1jax.rl.ratio import (
     cispo_surrogate,
     clipped_surrogate,
     output_log_ratio,
+    reinforce_surrogate,
     sequence_log_ratio,
     sequence_token_log_ratio,
     token_log_ratio,
@@ -295,6 +299,43 @@ def gspo_token_loss(
     )
     if weight_BT is None:
         weight_BT = token_weights_sequence_mean(tokens.mask_BT)
+    return policy_loss(tokens, surrogate, weight_BT, beta=beta, kl=kl)
+
+
+@jax.named_scope("reinforce_objective")
+def reinforce_loss(
+    logp_BT: jax.Array,
+    advantage_B: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    ref_logp_BT: jax.Array | None = None,
+    beta: float = 0.0,
+    kl: KLEstimator = k2,
+    weight_BT: jax.Array | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """REINFORCE: −1/B Σ_i Σ_t A·log π(o_t), for samples of the policy itself.
+
+    RLOO (arXiv 2402.14740) is this with `leave_one_out_advantages`; REINFORCE++ (arXiv 2501.03262)
+    with `reinforce_pp_advantages`, and its baseline variant with `k2` in the loss. With more than
+    one update per batch the samples are no longer the policy's: use `ppo_policy_loss` or
+    `output_grpo_loss` with the same advantages.
+
+    Args:
+      logp_BT: log-probabilities under the policy [B, T].
+      advantage_B: [B], or [B, T] to differ by token.
+      mask_BT: [B, T], true or non-zero on completion tokens.
+      ref_logp_BT: log-probabilities under the reference [B, T], or None with `beta=0`.
+      beta: weight of the KL in the loss.
+      kl: KL estimator; k2 is the one with the exact gradient on policy.
+      weight_BT: replaces the weights [B, T] of the plain policy gradient (1 / B each).
+
+    Returns:
+      Scalar loss and metrics (sums). Gradient to `logp_BT` only: −w·A, plus β·w·∇KL.
+    """
+    tokens = policy_tokens(logp_BT, logp_BT, ref_logp_BT, advantage_B, mask_BT)
+    surrogate = reinforce_surrogate(tokens.logp_BT, tokens.advantage_BT)
+    if weight_BT is None:
+        weight_BT = token_weights_constant_length(tokens.mask_BT, length=1)
     return policy_loss(tokens, surrogate, weight_BT, beta=beta, kl=kl)
 
 

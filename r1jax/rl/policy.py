@@ -126,7 +126,7 @@ def _ratio_sums(surrogate: Surrogate, mask_BT: jax.Array) -> Metrics:
     return {name: jnp.sum(jnp.where(mask_BT, x_BT, 0)) for name, x_BT in per_token.items()}
 
 
-def mean_metrics(metrics: Metrics) -> Metrics:
-    """Sums over tokens to means per token; `tokens` stays a count. No token gives zeros."""
-    tokens = jnp.maximum(metrics["tokens"], 1)
-    return {k: v if k == "tokens" else v / tokens for k, v in metrics.items()}
+def mean_metrics(metrics: Metrics, *, count: str = "tokens") -> Metrics:
+    """Sums to means per `count`, which itself stays a sum. A count of 0 gives zeros."""
+    number = jnp.maximum(metrics[count], 1)
+    return {k: v if k == count else v / number for k, v in metrics.items()}

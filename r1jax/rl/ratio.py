@@ -186,6 +186,21 @@ def cispo_surrogate(
     return Surrogate(value_BT, ratio_BT, ratio_BT < ratio_floor, ratio_BT > ratio_cap)
 
 
+def reinforce_surrogate(logp_BT: jax.Array, advantage_BT: jax.Array) -> Surrogate:
+    """A·logp: the score-function surrogate of REINFORCE (Williams, 1992), on policy, no ratio.
+
+    Args:
+      logp_BT: log-probabilities under the policy [B, T], finite (see `mask_tokens`).
+      advantage_BT: A [B, T].
+
+    Returns:
+      A `Surrogate` whose ratio is 1 everywhere. Gradient: A to each token's `logp_BT`.
+    """
+    chex.assert_equal_shape([logp_BT, advantage_BT])
+    never_BT = jnp.zeros(logp_BT.shape, bool)
+    return Surrogate(advantage_BT * logp_BT, jnp.ones_like(logp_BT), never_BT, never_BT)
+
+
 def truncated_importance_weight(
     logp_BT: jax.Array, behaviour_logp_BT: jax.Array, mask_BT: jax.Array, *, cap: float = 2.0
 ) -> jax.Array:

@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1jax.rl import group_advantages, informative_groups, overlong_penalty
+from r1jax.rl import (
+    group_advantages,
+    informative_groups,
+    leave_one_out_advantages,
+    overlong_penalty,
+)
 
 # One division and one square root in float32.
 FLOAT32 = 1e-6
@@ -139,6 +144,39 @@ def test_shift_invariant_centred_and_unit(rewards, shift):
     np.testing.assert_allclose(advantage_PG.std(axis=1), informative * 1.0, rtol=1e-5)
     shifted = group_advantages(reward_B + shift, group_size=4, eps=0.0)
     np.testing.assert_allclose(shifted, advantage_PG.reshape(-1), atol=1e-5)
+
+
+def test_leave_one_out_by_hand():
+    # The means of the others are 2, 3, 4; of two samples each is the other's baseline.
+    reward_B = jnp.array([5.0, 3.0, 1.0])
+    found = leave_one_out_advantages(reward_B, group_size=3)
+    np.testing.assert_allclose(found, [3.0, 0.0, -3.0], rtol=FLOAT32)
+    found = leave_one_out_advantages(jnp.array([5.0, 3.0, 0.0, 1.0]), group_size=2)
+    np.testing.assert_allclose(found, [2.0, -2.0, -1.0, 1.0], rtol=FLOAT32)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_leave_one_out_without_contrast_or_reward(bad):
+    found = leave_one_out_advantages(jnp.array([1.0, bad, 0.0, 0.5, 2.0, 2.0]), group_size=3)
+    np.testing.assert_allclose(found, [1.0, 0.0, -1.0, -1.5, 0.75, 0.75], rtol=FLOAT32)
+    alone = jnp.array([bad, 3.0, bad] + [0.1] * 3)
+    np.testing.assert_array_equal(leave_one_out_advantages(alone, group_size=3), 0.0)
+    np.testing.assert_array_equal(leave_one_out_advantages(alone[1:2], group_size=1), 0.0)
+    assert leave_one_out_advantages([True, False], group_size=2).dtype == jnp.float32
+    with pytest.raises(ValueError, match="group_size=4"):
+        leave_one_out_advantages(alone, group_size=4)
+
+
+@settings(deadline=None, max_examples=50)
+@given(rewards=st.lists(QUARTERS, min_size=12, max_size=12))
+def test_leave_one_out_equals_the_loop(rewards):
+    """Also: the baseline of a sample is the same whatever its own reward is."""
+    groups = np.array(rewards).reshape(3, 4)
+    expected = [[g[i] - np.delete(g, i).mean() for i in range(4)] for g in groups]
+    found = leave_one_out_advantages(jnp.array(rewards), group_size=4)
+    np.testing.assert_allclose(found, np.ravel(expected), atol=1e-5)
+    scaled = group_advantages(jnp.array(rewards), group_size=4, scale="none") * 4 / 3
+    np.testing.assert_allclose(found, scaled, atol=1e-5)
 
 
 def test_jit_and_vmap_change_nothing():

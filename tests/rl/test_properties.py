@@ -24,13 +24,22 @@ from r1jax.rl import (
     gspo_token_loss,
     k3,
     output_grpo_loss,
+    ppo_policy_loss,
     ratio_corrected,
+    reinforce_loss,
     sft_loss,
     token_weights_constant_length,
     token_weights_sequence_mean,
     token_weights_sum,
     token_weights_token_mean,
 )
+
+
+def on_policy_loss(logp_BT, old_logp_BT, ref_logp_BT, advantage, mask_BT, **options):
+    """`reinforce_loss` in the order of the others; the old policy has no part in it."""
+    del old_logp_BT
+    return reinforce_loss(logp_BT, advantage, mask_BT, ref_logp_BT=ref_logp_BT, **options)
+
 
 # Every objective with the KL on, bounds that draws of spread 0.5 reach, and its own reduction.
 CLIP = {"clip_low": 0.2, "clip_high": 0.28, "beta": 0.04}
@@ -43,11 +52,15 @@ OBJECTIVES = {
     "cispo": functools.partial(cispo_loss, ratio_floor=0.5, ratio_cap=1.5, beta=0.04),
     "gspo": functools.partial(gspo_loss, **CLIP),
     "gspo_token": functools.partial(gspo_token_loss, **CLIP),
+    "ppo": functools.partial(ppo_policy_loss, **CLIP),
+    "reinforce": functools.partial(on_policy_loss, beta=0.04, kl=k3),
 }
 WEIGHTS = {
     "dr_grpo": token_weights_constant_length,
     "dapo": token_weights_token_mean,
     "cispo": token_weights_token_mean,
+    "ppo": token_weights_token_mean,
+    "reinforce": functools.partial(token_weights_constant_length, length=1),
 }
 # k micro-batches must equal one batch to this, in float32 sums of up to 48 terms of order 1.
 MICRO = 1e-6
@@ -88,16 +101,19 @@ def naive(name, arguments):
             c = np.exp(sequence.get(name, d_t))
             if name == "cispo":
                 policy = min(max(c, 0.5), 1.5) * advantage[i] * logp[i, t]
+            elif name == "reinforce":
+                policy = advantage[i] * logp[i, t]
             else:
                 policy = min(c * advantage[i], min(max(c, 0.8), 1.28) * advantage[i])
             x = ref[i, t] - logp[i, t]
             kl = (np.exp(x) - x - 1) * (np.exp(d_t) if name == "grpo_corrected" else 1)
             terms.append((n, -policy + 0.04 * kl))
     rows = sum(n > 0 for n in lengths)
-    if name in ("dapo", "cispo"):
+    if name in ("dapo", "cispo", "ppo"):
         return sum(x for _, x in terms) / sum(lengths)
-    if name == "dr_grpo":
-        return sum(x for _, x in terms) / (mask.shape[1] * rows)
+    if name in ("dr_grpo", "reinforce"):
+        length = mask.shape[1] if name == "dr_grpo" else 1
+        return sum(x for _, x in terms) / (length * rows)
     return sum(x / n for n, x in terms) / rows
 
 
@@ -135,7 +151,7 @@ def test_micro_batches_add_up_to_the_batch(name):
     chex.assert_trees_all_close(gradients.reshape(gradient_BT.shape), gradient_BT, atol=MICRO)
     assert abs(whole[0]) > 1e-3
     assert np.abs(gradient_BT).max() > 1e-3
-    if name != "cispo":
+    if name not in ("cispo", "reinforce"):
         assert whole[1]["clip_high"] + whole[1]["clip_low"] > 0
 
 
@@ -306,7 +322,7 @@ def expected_gradient(objective, logits_VV, old_VV, score_VV, **options):
 
 
 def test_policy_gradient_by_enumeration():
-    """On policy every ratio gives the exact gradient, off policy only that of whole outputs."""
+    """On policy all give the exact gradient, off policy only the ratio of whole outputs does."""
     rng = np.random.default_rng(9)
     logits_VV, old_VV = rng.normal(size=(2, 4, 3))
     score_VV = jnp.asarray(rng.normal(size=(3, 3)))
@@ -322,6 +338,7 @@ def test_policy_gradient_by_enumeration():
                 ("sequence", gspo_loss, free, 1.0),
                 ("sequence, token gradient", gspo_token_loss, free, 1.0),
                 ("cispo", cispo_loss, {"ratio_cap": 1e6}, 1.0),
+                ("no ratio", on_policy_loss, {}, 1.0),
             ):
                 found, exact = expected_gradient(objective, logits_VV, old, score_VV, **options)
                 gap[name, off_policy] = np.abs(found / scale - exact).max()
