@@ -4,6 +4,8 @@
 import pathlib
 import re
 import runpy
+import subprocess
+import sys
 
 import numpy as np
 
@@ -11,8 +13,22 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def examples():
+    found = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(found) == 2  # each has a test here
+    return found
+
+
+def test_the_example_of_a_reward_runs(tmp_path):
+    script = tmp_path / "reward.py"
+    script.write_text(examples()[1], encoding="utf-8")
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.stdout.strip() == "[1.]", done.stderr
+
+
 def test_the_example_runs(tmp_path, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code = examples()[0]
     script = tmp_path / "example.py"
     script.write_text(code, encoding="utf-8")
     found = runpy.run_path(str(script))
