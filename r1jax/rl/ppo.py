@@ -159,7 +159,7 @@ def value_loss(
     )
     clipped_BT = jnp.clip(value_BT, old_value_BT - clip, old_value_BT + clip)
     square_BT, clipped_square_BT = (jnp.square(v - target_BT) for v in (value_BT, clipped_BT))
-    # Chosen by `where`: inside the range both are equal and `maximum` would split the gradient.
+    # Inside the range both are equal, in value and in gradient, and nothing counts as clipped.
     worse_BT = clipped_square_BT > square_BT
     if weight_BT is None:
         weight_BT = token_weights_token_mean(mask_BT)
