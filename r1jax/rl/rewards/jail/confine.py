@@ -23,6 +23,7 @@ STDLIB = os.path.dirname(os.path.realpath(os.__file__))
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 _SWEEP_SECONDS = 5.0
+_SWEEPERS = 20
 
 
 def attempt(action, *arguments) -> str:
@@ -232,14 +233,26 @@ class Cell:
             _remove(self.folder)
 
     def _kill_uid(self) -> None:
-        """kill(-1) as the run's user: the kernel does it at once, no fork slips through."""
-        helper = os.fork()
-        if helper == 0:
-            os.setresuid(0, self.uid, 0)  # real and saved uid 0: the program cannot signal it
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(-1, signal.SIGKILL)
-            os._exit(0)
-        os.waitpid(helper, 0)
+        """kill(-1) as the run's user: the kernel does it at once, no fork slips through.
+
+        The helper must be that user alone: with a real or effective uid 0 the same call would
+        end every process of the machine. Being that user, it can be killed by the program first;
+        so it is sent again until one comes through.
+        """
+        for _ in range(_SWEEPERS):
+            helper = os.fork()
+            if helper == 0:
+                try:
+                    become(self.uid)
+                    if self.uid >= FIRST_UID and os.getresuid() == (self.uid,) * 3:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(-1, signal.SIGKILL)
+                        os._exit(0)
+                finally:
+                    os._exit(1)
+            _, status = os.waitpid(helper, 0)
+            if status == 0:
+                return
 
 
 def lower_limit(which: int, pair: tuple[int, int]) -> None:
