@@ -23,15 +23,18 @@ class Remote(wire.Ref):
 
     def __call__(self, *arguments, **keywords):
         """The value, or the program's exception as the built-in of that name."""
-        call = (self.name, list(arguments), keywords)
+        call = (wire.Ref(self.name), arguments, keywords)
         wire.send(self._requests, wire.encode(call))
         reply = wire.receive(self._replies)
         value = wire.decode(reply[1:])
         if reply[:1] == b"V":
             return value
+        if reply[:1] == b"H":
+            return wire.Ref(str(value))
         kind = getattr(builtins, str(value[0]), None)
-        # An exit or an interrupt of the program must not become one of the checker.
-        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        # An exit of the program must not become one of the checker, nor end a loop of the tests.
+        known = isinstance(kind, type) and issubclass(kind, Exception)
+        if not known or issubclass(kind, StopIteration | StopAsyncIteration):
             kind = RuntimeError
         try:
             error = kind(str(value[1]))

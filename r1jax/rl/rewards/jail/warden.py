@@ -22,11 +22,13 @@ import time
 
 from jail import checker, confine, kernel, program, wire
 
-# Imported once; programs, being forks, have them for nothing and need no file for them.
-_PRELOADED = """abc array base64 bisect calendar cmath collections contextlib copy csv dataclasses
-datetime decimal enum fractions functools hashlib heapq inspect io itertools json math numbers
-operator pprint queue random re statistics string struct textwrap threading time traceback types
-typing unicodedata uuid""".split()
+# Imported once; programs, being forks, have them for nothing. Each page makes every fork dearer, so
+# what few programs want and what brings libraries along is left to them, if they can read it.
+_PRELOADED = """abc bisect cmath collections contextlib copy dataclasses datetime decimal enum
+fractions functools heapq io itertools math numbers operator random re string time traceback
+typing""".split()
+_RARER = """array base64 calendar csv hashlib inspect json pprint queue statistics struct textwrap
+threading unicodedata uuid zlib""".split()
 _READY = 5  # descriptor on which a program's process says that it has its text
 
 
@@ -39,9 +41,11 @@ def main() -> None:
     home, without = sys.argv[1], set(sys.argv[2:])
     sys.argv = ["program.py"]
     for name in _PRELOADED:
+        importlib.import_module(name)
+    missing = confine.settle(home, without)
+    for name in [] if confine.stdlib_is_readable(missing) else _RARER:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    missing = confine.settle(home, without)
     os.environ.clear()
     gc.collect()
     gc.freeze()

@@ -5,6 +5,7 @@
 equal to everything, a subclass with its own operators) arrives as a plain value or not at all.
 """
 
+import builtins
 import collections
 import datetime
 import decimal
@@ -33,11 +34,17 @@ _FROM_TEXT = {mark: parse for mark, _, parse in _TEXTS.values()}
 
 
 class Ref:
-    """A name that the program's side looks up: an argument the checker cannot hold itself."""
+    """A name that the program's side looks up: what the checker cannot hold, and never compares."""
 
     def __init__(self, name):
-        """Args: name: a global of the program."""
+        """Args: name: a global of the program, or the number of one of its objects."""
         self.name = name
+
+    def _refuse(self, *_):
+        raise TypeError("the program returned no plain value")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __len__ = _refuse
+    __hash__ = object.__hash__
 
 
 def encode(value) -> bytes:
@@ -62,6 +69,8 @@ def _encode(value, out, depth):
         out.append(b"T" if value else b"F")
     elif isinstance(value, Ref):
         _sized(b"r", value.name.encode(), out)
+    elif kind is type and getattr(builtins, value.__name__, None) is value:
+        _sized(b"k", value.__name__.encode(), out)
     elif isinstance(value, (bytes, bytearray)):
         _sized(b"b" if isinstance(value, bytes) else b"a", bytes(value), out)
     elif isinstance(value, dict):
@@ -90,26 +99,30 @@ def _sized(mark, data, out):
     out += (mark, b"%d;" % len(data), data)
 
 
-def decode(data: bytes):
+def decode(data: bytes, look_up=None):
     """The value of `encode`'s bytes.
+
+    Args:
+      data: the bytes.
+      look_up: what a name stands for; None: no names are accepted.
 
     Raises:
       ValueError: malformed bytes; TypeError: an unhashable member of a set or key.
     """
-    value, end = _decode(data, 0, 0)
+    value, end = _decode(data, 0, 0, look_up)
     if end != len(data):
         raise ValueError("bytes left over")
     return value
 
 
-def _decode(data, at, depth):
+def _decode(data, at, depth, look_up):
     if depth > DEEPEST + 2:
         raise ValueError(f"nested deeper than {DEEPEST}")
     mark, at = data[at : at + 1], at + 1
     if mark in _CONSTANTS:
         return _CONSTANTS[mark], at
     if mark == b"R":
-        parts, at = _decode(data, at, depth + 1)
+        parts, at = _decode(data, at, depth + 1, look_up)
         return range(*parts), at
     stop = data.index(b";", at, at + 20)
     size, at = int(data[at:stop]), stop + 1
@@ -118,21 +131,23 @@ def _decode(data, at, depth):
     if mark == b"d":
         made = {}
         for _ in range(size):
-            key, at = _decode(data, at, depth + 1)
-            made[key], at = _decode(data, at, depth + 1)
+            key, at = _decode(data, at, depth + 1, look_up)
+            made[key], at = _decode(data, at, depth + 1, look_up)
         return made, at
     if mark in _MAKERS:
         items = []
         for _ in range(size):
-            item, at = _decode(data, at, depth + 1)
+            item, at = _decode(data, at, depth + 1, look_up)
             items.append(item)
         return _MAKERS[mark](items), at
     raw, at = data[at : at + size], at + size
     if mark in b"ab" and mark:
         return (bytes if mark == b"b" else bytearray)(raw), at
     text = raw.decode("utf-8", "surrogatepass")
-    if mark == b"r":
-        return Ref(text), at
+    if mark == b"r" and look_up:
+        return look_up(text), at
+    if mark == b"k" and type(made := getattr(builtins, text, None)) is type:
+        return made, at
     if mark not in _FROM_TEXT:
         raise ValueError(f"unknown mark {mark!r}")
     return _FROM_TEXT[mark](text), at
