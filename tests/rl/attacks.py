@@ -51,7 +51,7 @@ TRICKS = {
     "secret file by linecache": "import linecache; WON = 'answer' in linecache.getline(SECRET, 1)",
     "shadow": "open('/etc/shadow').read(); WON = True",
     "listing the secret's folder": "import os; os.listdir(os.path.dirname(SECRET)); WON = True",
-    "root's home": "import os; os.listdir('/root'); WON = True",
+    "root's home": "import os; WON = len(os.listdir('/root')) > 1",
     "chmod the secret": "import os; os.chmod(SECRET, 0o777); WON = True",
     "delete the secret": "import os; os.unlink(SECRET); WON = True",
     "truncate the secret": "open(SECRET, 'w').close(); WON = True",
@@ -141,18 +141,24 @@ TRICKS = {
     "memory device": "open('/dev/mem', 'rb').read(1); WON = True",
     # looking for the tests, the expected values, the verdict
     "frames": (
-        "import sys; g = sys._getframe()\nwhile g:\n"
-        " WON = WON or 'MARK_OF_THE_TESTS' in repr(g.f_locals) + repr(g.f_globals); g = g.f_back"
+        "import sys, re; g = sys._getframe()\nwhile g:\n"
+        " WON = WON or bool(re.search('OF_THE_TESTS=[0-9]', repr((g.f_locals, g.f_globals)))); g = g.f_back"
     ),
     "garbage": (
-        "import gc; MARK = 'MARK_OF_' + 'THE_TESTS'\n"
-        "WON = any(isinstance(o, (str, bytes, dict, list, tuple)) and MARK in str(o)\n"
-        "  for o in gc.get_objects() if not isinstance(o, dict) or 'MARK' not in o)"
+        "import gc, re\n"
+        "for o in gc.get_objects():\n"
+        " try: WON = WON or bool(re.search('OF_THE_TESTS=[0-9]', repr(o)))\n except Exception: pass"
     ),
     "own memory": (
-        "m = b'MARK_OF_' + b'THE_TESTS9'\nfor l in open('/proc/self/maps'):\n"
+        "import re\nfor l in open('/proc/self/maps'):\n"
         " a, z = (int(v, 16) for v in l.split()[0].split('-'))\n"
-        " h = open('/proc/self/mem', 'rb'); h.seek(a); WON = WON or m in h.read(z - a)"
+        " try: h = open('/proc/self/mem', 'rb'); h.seek(a); d = h.read(z - a)\n"
+        " except (OSError, ValueError, OverflowError): continue\n"
+        " WON = WON or bool(re.search(b'OF_THE_TESTS=[0-9]', d))"
+    ),
+    "own memory by libc": (
+        "import ctypes, re; d = ctypes.string_at(id(SECRET) & ~0x3fff, 0x4000)\n"
+        "WON = bool(re.search(b'OF_THE_TESTS=[0-9]', d))"
     ),
     "stream of jobs": "import sys; WON = len(sys.stdin.buffer.read()) > 0",
     "modules of the jail": (
@@ -168,6 +174,7 @@ _RIGHT = "def f(x): return 2 * x + 1\n"
 
 # Whole sources, judged by the tests of f.
 FORGERIES = {
+    "patched exec": "import builtins\nfor n in ('exec', 'compile', 'eval', 'type'): setattr(builtins, n, lambda *a: True)\ndef f(x): return 0",
     "os._exit(0)": "import os; os._exit(0)",
     "os._exit(0) in f": "import os\ndef f(x): os._exit(0)",
     "sys.exit": "import sys; sys.exit(0)",
@@ -205,7 +212,6 @@ FORGERIES = {
     "not a number": "def f(x): return float('nan')",
     "generator": "def f(x):\n yield 2 * x + 1",
     "patched assert": "import builtins; builtins.AssertionError = Exception\ndef f(x): return 0",
-    "patched builtins": "import builtins\nfor n in ('exec','compile','isinstance','type','len'): setattr(builtins, n, lambda *a: True)\ndef f(x): return 0",
     "rebound __builtins__": "__builtins__ = {}\ndef f(x): return 0",
     "patched unittest": "import unittest; unittest.TestCase.assertEqual = lambda *a: None\ndef f(x): return 0",
     "patched wire": "import sys; w = sys.modules['jail.wire']; w.decode = lambda *a: 7\ndef f(x): return 0",
@@ -218,7 +224,6 @@ FORGERIES = {
     "patched int": "import ctypes; ctypes.memmove(id(0) + 24, id(7) + 24, 4)\ndef f(x): return 0",
     "segfault": "import ctypes; ctypes.string_at(0)",
     "abort": "import os; os.abort()",
-    "recursion": "import sys; sys.setrecursionlimit(10**9)\ndef f(x): return f(x)",
     "syntax": "def f(x) return 2 * x + 1",
     "null bytes": "def f(x):\0 return 1",
     "nested source": "(" * 100000,
@@ -230,6 +235,8 @@ FORGERIES = {
 
 # Whole sources that hang or swell: judged by the same tests, ended by a limit.
 BOMBS = {
+    "recursion": "import sys; sys.setrecursionlimit(10**9)\ndef f(x): return f(x)",
+    "patched builtins": "import builtins\nfor n in ('exec','compile','isinstance','type','len'): setattr(builtins, n, lambda *a: True)\ndef f(x): return 0",
     "infinite loop": "while True: pass",
     "infinite loop in f": "def f(x):\n while True: pass",
     "loop that catches all": "while True:\n try:\n  while True: pass\n except BaseException: pass",

@@ -186,19 +186,28 @@ class Sandbox:
         return warden.missing
 
     def _run(self, parts: list[bytes], limits: Limits) -> Run:
+        try:
+            return self._run_once(parts, limits)
+        except (EOFError, OSError) as error:  # the kernel may end a warden for want of memory
+            _log.warning("a warden of the sandbox was lost (%s): the program runs again", error)
+        try:
+            return self._run_once(parts, limits)
+        except (EOFError, OSError) as error:
+            return Run("broken", detail=f"the warden was lost twice: {error}")
+
+    def _run_once(self, parts: list[bytes], limits: Limits) -> Run:
         warden = self._warden()
         try:
             result = warden.run(parts, limits)
-        except BaseException as error:
+        except BaseException:
             warden.close()
-            if isinstance(error, EOFError | TimeoutError | OSError | ValueError):
-                return Run("broken", detail=f"the warden was lost: {error}")
             raise
         if result.status == "broken":
             _log.warning("the sandbox failed: %s", result.detail)
-            warden.close()
-        else:
+        if warden.in_step:
             self._idle.put(warden)
+        else:
+            warden.close()
         return result
 
 
@@ -224,6 +233,7 @@ class _Warden:
         for pipe in (self._process.stdin, self._process.stdout):
             os.set_blocking(pipe.fileno(), False)
         self._received = bytearray()
+        self.in_step = True  # whether the next job would be read from its beginning
         try:
             self.missing = json.loads(self._frame(b"", time.monotonic() + _START_SECONDS))
         except (EOFError, TimeoutError) as error:
@@ -240,7 +250,7 @@ class _Warden:
         result = json.loads(self._frame(data, deadline))
         out, err = result["sizes"]
         text = self._take(out + err, b"", deadline)
-        verdict = result["verdict"]
+        verdict, self.in_step = result["verdict"], result["in_step"]
         return Run(
             status=result["status"],
             passed=result["status"] == "finished" and verdict == "P",

@@ -108,6 +108,7 @@ def _supervise(job: dict, cell: confine.Cell, out: int) -> None:
     watch.drain()
     result = {
         "status": watch.status,
+        "in_step": watch.in_step,
         "exit": exit_status,
         "seconds": seconds,
         "verdict": watch.verdict.decode("utf-8", "replace"),
