@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attack programs against the sandbox and the code reward: none earns, none lives on (property 11).
 
-Each table runs with all layers of the fence, and again with some left out, so that none stands in
-for another unseen. The short attacks are in the default suite, those that run into a limit are slow.
+The programs stand in `attacks/*.txt`. The problem of `tricks`, `forgeries` and `bombs` is f(x) =
+2x + 1, a function; that of `scripts` is to print twice each number read. A trick solves it if and
+only if what it tried came off: it sets WON. Each table runs with all layers of the fence, and again
+with some left out, so that none stands in for another unseen. Bombs run into a limit and are slow.
 """
 
 import os
@@ -11,17 +13,39 @@ import socket
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from r1jax.rl.rewards.code import FunctionTests, ScriptTests, code_reward, submit_code
 from r1jax.rl.rewards.sandbox import Limits, Sandbox
-from tests.rl import attacks
 
 if sys.platform != "linux":
     pytest.skip("the sandbox is built on Linux", allow_module_level=True)
 
+
+def read_attacks(name):
+    text = (Path(__file__).parent / "attacks" / f"{name}.txt").read_text()
+    parts = [part.partition("\n") for part in f"\n{text}".split("\n## ")[1:]]
+    return {title: source for title, _, source in parts}
+
+
+TRICKS, BOMBS, SCRIPTS = (read_attacks(name) for name in ("tricks", "bombs", "scripts"))
+FORGERIES = read_attacks("forgeries") | {
+    "null bytes": "def f(x):\0 return 2 * x + 1",
+    "nested source": "(" * 100_000,
+}
+TRICK = """
+WON = False
+SECRET, PARENT, OUTSIDE = {secret!r}, {parent}, {outside!r}
+try:
+{body}
+except BaseException as error:
+    print(type(error), error)
+def f(x):
+    return 2 * x + 1 if WON else None
+"""
 SHORT = Limits(wall_seconds=20, cpu_seconds=2, memory_bytes=1 << 29)
 BOMB = Limits(wall_seconds=4, cpu_seconds=1, memory_bytes=1 << 28, output_bytes=1 << 16)
 RIGHT = "def f(x): return 2 * x + 1\n"
@@ -87,7 +111,8 @@ def bait(tmp_path, monkeypatch):
 
 def scores(sandbox, sources, tests, limits=None):
     texts = [f"Here:\n````python\n{text}\n````\n" for text in sources]
-    return code_reward([""] * len(texts), texts, [tests] * len(texts), sandbox=sandbox, limits=limits)
+    answers = [tests] * len(texts)
+    return code_reward([""] * len(texts), texts, answers, sandbox=sandbox, limits=limits)
 
 
 def winners(names, reward_B):
@@ -111,18 +136,18 @@ def all_is_well(sandbox):
 
 def trick(name, bait):
     names, port = bait
-    body = textwrap.indent(attacks.TRICKS[name].replace("{port}", port), " ")
-    return attacks.TRICK.format(body=body, **names)
+    body = textwrap.indent(TRICKS[name].replace("{port}", port), " ")
+    return TRICK.format(body=body, **names)
 
 
 def test_there_are_enough():
-    tables = (attacks.TRICKS, attacks.FORGERIES, attacks.BOMBS, attacks.SCRIPTS)
+    tables = (TRICKS, FORGERIES, BOMBS, SCRIPTS)
     assert sum(map(len, tables)) >= 100
 
 
 def test_tricks(fence, bait):
     name, sandbox = fence
-    tried = [key for key in attacks.TRICKS if key not in OPEN.get(name, ())]
+    tried = [key for key in TRICKS if key not in OPEN.get(name, ())]
     assert winners(tried, scores(sandbox, [trick(key, bait) for key in tried], TESTS)) == []
     all_is_well(sandbox)
 
@@ -130,20 +155,20 @@ def test_tricks(fence, bait):
 def test_a_trick_can_succeed(fence, bait):
     names, _ = bait
     body = " open('own','w').write('x'); WON = open('own').read() == 'x'"
-    source = attacks.TRICK.format(body=body, **names)
+    source = TRICK.format(body=body, **names)
     assert scores(fence[1], [source], TESTS).tolist() == [1]
 
 
 def test_forgeries(fence):
     _, sandbox = fence
-    assert winners(attacks.FORGERIES, scores(sandbox, attacks.FORGERIES.values(), TESTS)) == []
+    assert winners(FORGERIES, scores(sandbox, FORGERIES.values(), TESTS)) == []
     all_is_well(sandbox)
 
 
 def test_scripts(fence):
     _, sandbox = fence
-    reward_B = scores(sandbox, attacks.SCRIPTS.values(), SCRIPT_TESTS, BOMB)
-    assert winners(attacks.SCRIPTS, reward_B) == []
+    reward_B = scores(sandbox, SCRIPTS.values(), SCRIPT_TESTS, BOMB)
+    assert winners(SCRIPTS, reward_B) == []
     assert scores(sandbox, [RIGHT_SCRIPT], SCRIPT_TESTS).tolist() == [1]
     all_is_well(sandbox)
 
@@ -151,15 +176,15 @@ def test_scripts(fence):
 @pytest.mark.slow
 def test_bombs(fence):
     _, sandbox = fence
-    assert winners(attacks.BOMBS, scores(sandbox, attacks.BOMBS.values(), TESTS, BOMB)) == []
+    assert winners(BOMBS, scores(sandbox, BOMBS.values(), TESTS, BOMB)) == []
     all_is_well(sandbox)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", attacks.BOMBS)
+@pytest.mark.parametrize("name", BOMBS)
 def test_the_next_call_is_not_slowed(name):
     with Sandbox(SHORT, workers=1) as sandbox:
-        assert scores(sandbox, [attacks.BOMBS[name]], TESTS, BOMB).tolist() == [0]
+        assert scores(sandbox, [BOMBS[name]], TESTS, BOMB).tolist() == [0]
         all_is_well(sandbox)
 
 

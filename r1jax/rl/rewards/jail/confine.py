@@ -25,7 +25,7 @@ _SWEEPERS = 20
 
 
 def attempt(action, *arguments) -> str:
-    """"" if the action succeeds, else why not."""
+    """Why the action did not succeed, "" if it did."""
     try:
         action(*arguments)
     except OSError as error:
@@ -57,7 +57,7 @@ def settle(home: str, without: set[str]) -> dict[str, str]:
     Returns:
       layer → "" where it stands, else the reason why not.
     """
-    missing = {layer: "left out" for layer in without}
+    missing = dict.fromkeys(without, "left out")
     if "user" not in missing:
         missing["user"] = "not needed" if not _namespaces_refused() else attempt(_own_user)
     for layer, flag in (("network", kernel.CLONE_NEWNET), ("ipc", kernel.CLONE_NEWIPC)):

@@ -24,11 +24,15 @@ from jail import checker, confine, kernel, program, wire
 
 # Imported once; programs, being forks, have them for nothing. Each page makes every fork dearer, so
 # what few programs want and what brings libraries along is left to them, if they can read it.
-_PRELOADED = """abc bisect cmath collections contextlib copy dataclasses datetime decimal enum
-fractions functools heapq io itertools math numbers operator random re string time traceback
-typing""".split()
-_RARER = """array base64 calendar csv hashlib inspect json pprint queue statistics struct textwrap
-threading unicodedata uuid zlib""".split()
+_PRELOADED = (
+    *("abc", "bisect", "cmath", "collections", "contextlib", "copy", "dataclasses", "datetime"),
+    *("decimal", "enum", "fractions", "functools", "heapq", "io", "itertools", "math", "numbers"),
+    *("operator", "random", "re", "string", "time", "traceback", "typing"),
+)
+_RARER = (
+    *("array", "base64", "calendar", "csv", "hashlib", "inspect", "json", "pprint", "queue"),
+    *("statistics", "struct", "textwrap", "threading", "unicodedata", "uuid", "zlib"),
+)
 _READY = 5  # descriptor on which a program's process says that it has its text
 
 
@@ -183,9 +187,7 @@ class _Watch:
             for stream, _ in events:
                 if not self._read(stream):
                     poll.unregister(stream)
-            if fd is None and os.waitid(
-                os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
-            ):
+            if fd is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 return True
         return False
 
