@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from r1jax.rl.rewards import Limits, WorkerPool
+from r1jax.rl.rewards.pool import Limits, WorkerPool
 
 JUDGE = '''
 """A judge that does as it is told."""
@@ -188,7 +188,7 @@ def test_close_leaves_nothing(judge):
 
 PARENT = """
 import sys
-from r1jax.rl.rewards import Limits, WorkerPool
+from r1jax.rl.rewards.pool import Limits, WorkerPool
 pool = WorkerPool(sys.argv[1], workers=2, limits=Limits(deadline_s=60))
 pids = {int(o.score) for o in pool.map([["score", 1, 0.2], ["score", 1, 0.2], "pid", "pid"])}
 pids = pool.pids()
