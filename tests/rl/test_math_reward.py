@@ -14,7 +14,7 @@ import pytest
 
 from r1jax.data import PRIMER_RL, R1
 from r1jax.rl.rewards import (
-    Limits,
+    WorkerLimits,
     combine,
     final_answer,
     math_pool,
@@ -30,7 +30,7 @@ CASES = DATA / "graders" / "math_verify_cases.jsonl"
 SOLUTIONS = DATA / "gsm8k" / "example_model_solutions.jsonl"
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 # A busy machine must not turn a slow comparison into a wrong one.
-PATIENT = Limits(deadline_s=30.0)
+PATIENT = WorkerLimits(deadline_s=30.0)
 # The bar is 200 completions a second on two idle cores; tests share theirs.
 COMPLETIONS_PER_SECOND = 100
 DEADLINE, RESTART = 1.0, 5.0
@@ -195,7 +195,7 @@ def test_attacks_are_answered_and_the_pool_lives():
     pairs = entries()
     assert len(pairs) >= 100
     completions, answers = zip(*pairs, strict=True)
-    limits = Limits(deadline_s=DEADLINE)
+    limits = WorkerLimits(deadline_s=DEADLINE)
     with math_pool(workers=2, limits=limits) as pool:
         assert math_reward([""], ["1"], ["1"], pool=pool) == 1
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
