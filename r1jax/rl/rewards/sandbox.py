@@ -40,7 +40,11 @@ from pathlib import Path
 
 _log = logging.getLogger(__name__)
 _HERE = str(Path(__file__).parent)
-_BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from jail import warden; warden.main()"
+# Behind the standard library, whose `math` must not be ours, and off the path before any program.
+_BOOT = (
+    "import sys; sys.path.append(sys.argv.pop(1)); from jail import warden; "
+    "sys.path.pop(); warden.main()"
+)
 _START_SECONDS = 60.0
 _GRACE_SECONDS = 10.0  # for the warden to sweep and answer after a run's deadline
 
