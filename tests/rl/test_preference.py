@@ -200,6 +200,8 @@ def test_reward_losses_by_hand():
     }  # fmt: skip
     loss, _ = pairwise_reward_loss(chosen_B, rejected_B, margin_B=jnp.array([1.0, 0.0]))
     np.testing.assert_allclose(loss, np.log(2 * (1 + np.exp(3))) / 2, rtol=FLOAT32)
+    slope = jax.grad(lambda m: pairwise_reward_loss(chosen_B, rejected_B, margin_B=m)[0])
+    np.testing.assert_array_equal(slope(jnp.ones(2)), 0.0)
 
     score_B, label_B = jnp.array([0.0, 2.0, 2.0, -1.0]), jnp.array([1, 1, 0, 0])
     (loss, metrics), slope = jax.value_and_grad(pointwise_reward_loss, has_aux=True)(
