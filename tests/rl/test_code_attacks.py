@@ -47,6 +47,7 @@ def f(x):
     return 2 * x + 1 if WON else None
 """
 SHORT = Limits(wall_seconds=20, cpu_seconds=2, memory_bytes=1 << 29)
+SCRIPT = Limits(wall_seconds=2, cpu_seconds=1, output_bytes=1 << 16)
 BOMB = Limits(wall_seconds=4, cpu_seconds=1, memory_bytes=1 << 28, output_bytes=1 << 16)
 RIGHT = "def f(x): return 2 * x + 1\n"
 RIGHT_SCRIPT = "import sys\nfor l in sys.stdin: print(2 * int(l))"
@@ -167,7 +168,7 @@ def test_forgeries(fence):
 
 def test_scripts(fence):
     _, sandbox = fence
-    reward_B = scores(sandbox, SCRIPTS.values(), SCRIPT_TESTS, BOMB)
+    reward_B = scores(sandbox, SCRIPTS.values(), SCRIPT_TESTS, SCRIPT)
     assert winners(SCRIPTS, reward_B) == []
     assert scores(sandbox, [RIGHT_SCRIPT], SCRIPT_TESTS).tolist() == [1]
     all_is_well(sandbox)

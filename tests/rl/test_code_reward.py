@@ -3,7 +3,6 @@
 
 import gzip
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -173,12 +172,6 @@ def test_bad_input_is_refused(sandbox):
     with pytest.raises(ValueError, match="limits.cpu_seconds must be > 0"):
         Limits(cpu_seconds=0)
     assert not passes(sandbox, "", asserts("assert True"))
-
-
-def test_the_trainer_never_imports_what_runs_programs():
-    lines = "import sys, r1jax.rl.rewards.code\nprint([m for m in sys.modules if 'jail' in m])"
-    run = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
-    assert run.stdout.strip() == "[]", run.stderr
 
 
 def rows_of(name):

@@ -271,7 +271,8 @@ class _Warden:
         self._process.wait()
         self._process.stdin.close()
         self._process.stdout.close()
-        shutil.rmtree(self._home, ignore_errors=True)
+        with contextlib.suppress(RecursionError):  # a program's folders, if the warden was lost
+            shutil.rmtree(self._home, ignore_errors=True)
 
     def _frame(self, data: bytes, deadline: float) -> bytes:
         size = int.from_bytes(self._take(8, data, deadline), "little")

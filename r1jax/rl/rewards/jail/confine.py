@@ -67,12 +67,12 @@ def settle(home: str, without: set[str]) -> dict[str, str]:
         missing["files"] = attempt(_own_files, home)
     if "pid" not in missing:
         missing["pid"] = probe(kernel.unshare, kernel.CLONE_NEWPID)
-    if "uid" not in missing:
-        missing["uid"] = probe(become, FIRST_UID)
+    if "uid" not in missing:  # in a user namespace there is but one uid, and nobody of it in sight
+        missing["uid"] = probe(become, FIRST_UID) if missing["user"] else "not needed"
     if "seccomp" not in missing:
         missing["seccomp"] = probe(_try_seccomp)
     if "landlock" not in missing:
-        missing["landlock"] = probe(kernel.fence_files, [STDLIB], [])
+        missing["landlock"] = probe(_try_landlock)
     kernel.hide_memory()
     return {layer: missing[layer] for layer in LAYERS}
 
@@ -96,6 +96,11 @@ def _own_user() -> None:
 def _try_seccomp() -> None:
     kernel.no_new_privileges()
     kernel.filter_calls()
+
+
+def _try_landlock() -> None:
+    kernel.no_new_privileges()
+    kernel.fence_files([STDLIB], [])
 
 
 def _own_files(root: str) -> None:
@@ -229,8 +234,8 @@ class Cell:
                     _kill_children(os.getpid())
                 time.sleep(0.001)
         if "files" not in self.on:
-            _unlock(self.folder)
-            _remove(self.folder)
+            with contextlib.suppress(OSError):
+                remove(self.folder)
 
     def _kill_uid(self) -> None:
         """kill(-1) as the run's user: the kernel does it at once, no fork slips through.
@@ -286,28 +291,26 @@ def _kill_children(parent: int) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _remove(folder: str) -> None:
-    """rmtree without `shutil`, whose libraries would make every fork dearer; follows no link."""
-    for path, names, files in os.walk(folder, topdown=False):
-        for name in (*files, *names):
-            inner = os.path.join(path, name)
-            with contextlib.suppress(OSError):
-                if os.path.isdir(inner) and not os.path.islink(inner):
-                    os.rmdir(inner)
-                else:
-                    os.unlink(inner)
-    with contextlib.suppress(OSError):
-        os.rmdir(folder)
+def remove(folder: str) -> None:
+    """Removes a folder however deep, linked or locked: never a path of more than two names in it.
 
-
-def _unlock(folder: str) -> None:
-    """A program may have locked its own folders; as their owner we open them again."""
-    for path, names, _ in os.walk(folder):
-        for name in names:
-            inner = os.path.join(path, name)
-            if not os.path.islink(inner):
-                with contextlib.suppress(OSError):
-                    os.chmod(inner, 0o700)
+    Folders within folders are moved up first. Not `shutil.rmtree`, which fails on 1,000 levels and
+    whose libraries would make every fork dearer. Follows no link.
+    """
+    found = [folder]
+    while found:
+        for path in found:
+            os.chmod(path, 0o700)
+            for entry in list(os.scandir(path)):
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                elif path != folder:
+                    os.chmod(entry.path, 0o700)  # moving a folder writes to it
+                    os.rename(entry.path, f"{folder}/{os.urandom(12).hex()}")
+            if path != folder:
+                os.rmdir(path)
+        found = [entry.path for entry in os.scandir(folder)]
+    os.rmdir(folder)
 
 
 def stdlib_is_readable(missing: dict[str, str]) -> bool:

@@ -137,6 +137,26 @@ _DENIED = {
     "ioprio_set": (251, 30),
     "sched_setaffinity": (203, 122),
     "sched_setparam": (142, 118),
+    # Landlock does not cover these: files of the same user would be open to them.
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "lchown": (94, None),
+    "fchown": (93, 55),
+    "fchownat": (260, 54),
+    "truncate": (76, 45),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
     "seccomp": (317, 277),
 }
 # clone without CLONE_THREAD is a new process; clone3 hides its flags, so "no such call" makes the C
@@ -202,15 +222,18 @@ def filter_calls() -> None:
 
 
 _LANDLOCK_READ = (1 << 2) | (1 << 3)  # read a file, list a folder
-_LANDLOCK_ALL = (1 << 13) - 1  # every right of the first version
+_LANDLOCK_SCOPES = 0b11  # abstract sockets, signals to others
 
 
 def fence_files(readable: list[str], writable: list[str]) -> None:
-    """Landlock: reads under `readable` alone, anything but devices under `writable`."""
-    rules = ctypes.create_string_buffer(struct.pack("Q", _LANDLOCK_ALL), 8)
-    ruleset = _checked(_libc.syscall(444, rules, ctypes.c_size_t(8), 0), "landlock")
+    """Landlock: reads under `readable` alone, all but execution under `writable`."""
+    version = _checked(_libc.syscall(444, None, ctypes.c_size_t(0), 1), "landlock")
+    every = (1 << 12 + min(version, 3)) - 1  # 13 rights at first, then moving, then truncating
+    words = struct.pack("QQQ", every, 0, _LANDLOCK_SCOPES)[: 24 if version >= 6 else 8]
+    rules = ctypes.create_string_buffer(words, len(words))
+    ruleset = _checked(_libc.syscall(444, rules, ctypes.c_size_t(len(words)), 0), "landlock")
     try:
-        for paths, rights in ((readable, _LANDLOCK_READ), (writable, _LANDLOCK_ALL & ~1)):
+        for paths, rights in ((readable, _LANDLOCK_READ), (writable, every & ~1)):
             for path in paths:
                 _landlock_allow(ruleset, path, rights)
         _checked(_libc.syscall(446, ruleset, 0), "landlock_restrict_self")
