@@ -15,7 +15,9 @@ What this does not protect against:
 - With no namespaces and no root: programs keep the trainer's user id. The filter and Landlock then
   keep them from processes, sockets, signals and files; where those are refused too, only limits,
   the deadline and a sweep of children stand, and a program can read the trainer's files.
-- With root but no mount namespace or Landlock: a program reads what every user may read.
+- With root but no mount namespace or Landlock: a program reads what every user may read. And if the
+  interpreter stands in a folder closed to other users, programs import only what the warden has
+  imported for them, and a rare codec or module is missing: the log says `imports`.
 - Timing: a program can see how busy the machine is, and the deadline depends on it.
 - Load: a program may use one core for `cpu_seconds`, and `memory_bytes` of memory, per worker.
 - Side channels of the processor, and the contents of the standard library's folder.

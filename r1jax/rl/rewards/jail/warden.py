@@ -47,7 +47,9 @@ def main() -> None:
     for name in _PRELOADED:
         importlib.import_module(name)
     missing = confine.settle(home, without)
-    for name in [] if confine.stdlib_is_readable(missing) else _RARER:
+    closed = not confine.stdlib_is_readable(missing)
+    missing["imports"] = "programs may not read the standard library" if closed else ""
+    for name in _RARER if closed else ():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     os.environ.clear()
