@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensors of a Hugging Face checkpoint out of our tree: what `io.hf_load` reads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +16,11 @@ from r1jax.ops.quant import BlockScaled, dequantise, quantise
 
 
 def tensors(
-    module: nnx.Module, cfg: ModelConfig | DenseConfig, *, dtype: str = "stored"
+    module: nnx.Module,
+    cfg: ModelConfig | DenseConfig,
+    *,
+    dtype: str = "stored",
+    keep: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) of the checkpoint of a model, one by one, in the order of its layers.
 
@@ -25,6 +29,7 @@ def tensors(
         cfg: its architecture.
         dtype: "stored" writes what the arrays hold, FP8 blocks with their own scales; "bf16" and
             "float32" convert; "fp8" writes projections as E4M3 blocks, the rest as bfloat16.
+        keep: whether a tensor of a name is wanted at all.
     """
     values = {path: variable.get_value() for path, variable in leaves(module).items()}
     by_name: dict[str, list[Place]] = {}
@@ -34,8 +39,9 @@ def tensors(
     repeated: list[tuple[str, str]] = []
     for name, parts in by_name.items():
         parts = sorted(parts, key=lambda p: p.layout.part or (0, 0))
-        yield from _one(name, parts, values, dtype)
-        if name in copies:
+        if keep(name):
+            yield from _one(name, parts, values, dtype)
+        if name in copies and keep(copies[name]):
             repeated.append((copies[name], name))
     for copy, original in repeated:
         for _, array in _one(original, by_name[original], values, dtype):

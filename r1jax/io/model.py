@@ -23,11 +23,12 @@ from r1jax.io.gguf import GGUFFile
 from r1jax.io.hf_config import read_config, write_config
 from r1jax.io.hf_names import places
 from r1jax.io.hf_save import tensors
-from r1jax.io.shards import Draft, Shards, Source, read_json, write_shards
+from r1jax.io.shards import MODEL, MTP, Draft, Shards, Source, read_json, write_shards
 from r1jax.nn.build import blank
 from r1jax.nn.param import filled, leaves
 from r1jax.ops.quant import BLOCK, BlockScaled
 
+DEEPSEEK_V3_LAYERS = 61
 MARKER, WEIGHTS = "model.json", "weights"
 KINDS: dict[str, type] = {"decoder": ModelConfig, "dense": DenseConfig}
 Progress = Callable[[int, int], None]
@@ -179,6 +180,10 @@ def _open_ours(path: Path) -> Model:
 def export_model(path: str | Path, model: Model, *, dtype: str = "stored") -> int:
     """Writes a Hugging Face folder; it appears whole or not at all.
 
+    transformers knows a multi-token-prediction layer as number 61 only and calls any other an
+    unexpected key, so that of a model of another depth lies in `mtp.safetensors`, which it does not
+    open and `open_model` does.
+
     Args:
         path: of the folder.
         model: what to write.
@@ -188,9 +193,11 @@ def export_model(path: str | Path, model: Model, *, dtype: str = "stored") -> in
         bytes of all tensors.
     """
     with Draft(path) as folder:
-        total = write_shards(
-            folder, _kinds_seen(tensors(model.module, model.cfg, dtype=dtype), seen := set())
-        )
+        seen: set[str] = set()
+        total = 0
+        for stem, keep in _files(model.cfg).items():
+            found = tensors(model.module, model.cfg, dtype=dtype, keep=keep)
+            total += write_shards(folder, _kinds_seen(found, seen), stem=stem)
         config = dict(model.hf_config or write_config(model.cfg, dtype="float32"))
         config.pop("quantization_config", None)
         if "float8_e4m3fn" in seen:
@@ -207,6 +214,17 @@ def export_model(path: str | Path, model: Model, *, dtype: str = "stored") -> in
         if model.tokenizer is not None:
             model.tokenizer.save(folder)
     return total
+
+
+def _files(cfg: ModelConfig | DenseConfig) -> dict[str, Callable[[str], bool]]:
+    """{stem of files: which tensors lie in them}."""
+    if isinstance(cfg, DenseConfig) or not cfg.mtp_depth or cfg.num_layers == DEEPSEEK_V3_LAYERS:
+        return {MODEL: lambda name: True}
+    prefix = f"model.layers.{cfg.num_layers}."
+    return {
+        MODEL: lambda name: not name.startswith(prefix),
+        MTP: lambda name: name.startswith(prefix),
+    }
 
 
 def _kinds_seen(items: Iterable[tuple[str, Any]], seen: set[str]):

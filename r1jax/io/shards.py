@@ -18,7 +18,9 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# The stems of a folder's files. transformers opens the first's only, and calls a tensor that its
+# model has no place for unexpected: so a multi-token-prediction layer may lie apart.
+MODEL, MTP = "model", "mtp"
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -26,6 +28,16 @@ DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
     "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
 }
+
+
+def single_name(stem: str) -> str:
+    """The file of a stem that is not sharded."""
+    return f"{stem}.safetensors"
+
+
+def index_name(stem: str) -> str:
+    """The index of a stem's shards."""
+    return f"{stem}.safetensors.index.json"
 
 
 class Source(Protocol):
@@ -63,23 +75,25 @@ class Shards:
         self.path = Path(path)
         self.config = read_json(self.path / "config.json")
         self._entries: dict[str, _Entry] = {}
-        for file, expected in self._files().items():
+        for file, expected in (self._files(MODEL) | self._files(MTP)).items():
             found = _header(file)
             if expected is not None and (missing := expected - found.keys()):
-                raise ValueError(f"{file}: lacks {min(missing)}, which {INDEX} says it holds")
+                raise ValueError(f"{file}: lacks {min(missing)}, which the index says it holds")
             for name, entry in found.items():
                 if name in self._entries:
                     other = self._entries[name].file.name
                     raise ValueError(f"{file}: {name} is in {other} too")
                 self._entries[name] = entry
 
-    def _files(self) -> dict[Path, set[str] | None]:
+    def _files(self, stem: str) -> dict[Path, set[str] | None]:
         """{shard: tensors that the index says it holds, None without an index}."""
-        index = self.path / INDEX
+        single, index = self.path / single_name(stem), self.path / index_name(stem)
         if not index.exists():
-            if not (self.path / SINGLE).is_file():
-                raise ValueError(f"{self.path}: neither {SINGLE} nor {INDEX} is there")
-            return {self.path / SINGLE: None}
+            if single.is_file():
+                return {single: None}
+            if stem == MODEL:
+                raise ValueError(f"{self.path}: neither {single.name} nor {index.name} is there")
+            return {}
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index}: weight_map is missing or empty")
@@ -149,7 +163,11 @@ def _header(file: Path) -> dict[str, _Entry]:
 
 
 def write_shards(
-    folder: Path, tensors: Iterable[tuple[str, np.ndarray]], *, shard_bytes: int = 4 << 30
+    folder: Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    stem: str = MODEL,
+    shard_bytes: int = 4 << 30,
 ) -> int:
     """Writes tensors in order as shards with an index, or as one file if it is but one.
 
@@ -158,6 +176,7 @@ def write_shards(
     Args:
         folder: an existing folder.
         tensors: (name, array), made one by one.
+        stem: of the files' names.
         shard_bytes: a shard is closed before it would exceed this.
 
     Returns:
@@ -185,7 +204,9 @@ def write_shards(
     close()
     n = len(drafts)
     names = (
-        [SINGLE] if n == 1 else [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+        [single_name(stem)]
+        if n == 1
+        else [f"{stem}-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
     )
     for draft, name in zip(drafts, names, strict=True):
         draft.rename(folder / name)
@@ -194,7 +215,7 @@ def write_shards(
             "metadata": {"total_size": total},
             "weight_map": {name: names[i - 1] for name, i in weight_map.items()},
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / index_name(stem)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return total
 
 

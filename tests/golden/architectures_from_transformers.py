@@ -221,24 +221,24 @@ def checkpoint_layout(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return out
 
 
-def load(case: str, seed: int) -> tuple:
-    """The model with our weights, read from a checkpoint; its config.json and tensors' shapes."""
+def load(case: str, seed: int, folder: str | pathlib.Path) -> tuple:
+    """The model with our weights, read from a checkpoint in an empty folder; its config.json and
+    tensors' shapes."""
     import torch
     from safetensors.numpy import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, fields = CASES[case]
-    with tempfile.TemporaryDirectory() as folder:
-        config = AutoConfig.for_model(kind, **fields)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        path = pathlib.Path(folder, "model.safetensors")
-        shapes = {name: x.shape for name, x in sorted(load_file(path).items())}
-        ours = weights(shapes, seed)
-        save_file(ours, path, metadata={"format": "pt"})
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-        )
-        written = json.loads(pathlib.Path(folder, "config.json").read_text())
+    config = AutoConfig.for_model(kind, **fields)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    path = pathlib.Path(folder, "model.safetensors")
+    shapes = {name: x.shape for name, x in sorted(load_file(path).items())}
+    ours = weights(shapes, seed)
+    save_file(ours, path, metadata={"format": "pt"})
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    written = json.loads(pathlib.Path(folder, "config.json").read_text())
     if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise RuntimeError(f"{case}: the checkpoint does not fit: {info}")
     if kind == "deepseek_v3":
@@ -260,23 +260,29 @@ def forward(model, tokens: np.ndarray, mask: np.ndarray):
     ).logits
 
 
-def gradient_record(model, shapes: dict, logits, tokens: np.ndarray, seed: int) -> dict:
-    """The loss on unpadded rows and what is kept of its gradient."""
+def gradient(model, logits, tokens: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
+    """The loss on unpadded rows and its gradient, by the checkpoint's names."""
     import torch
 
     targets = torch.from_numpy(tokens[:, 1:].astype(np.int64)).flatten()
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets)
     loss.backward()
-    gradient = checkpoint_layout({name: x.grad.numpy() for name, x in model.named_parameters()})
-    if sorted(gradient) != trained(shapes):
-        raise RuntimeError(f"gradients of {sorted(gradient)}, tensors {trained(shapes)}")
+    named = {name: x.grad.numpy() for name, x in model.named_parameters()}
+    return loss.item(), checkpoint_layout(named)
+
+
+def gradient_record(model, shapes: dict, logits, tokens: np.ndarray, seed: int) -> dict:
+    """The loss on unpadded rows and what is kept of its gradient."""
+    loss, found = gradient(model, logits, tokens)
+    if sorted(found) != trained(shapes):
+        raise RuntimeError(f"gradients of {sorted(found)}, tensors {trained(shapes)}")
     along = directions(shapes, seed)
-    wide = {name: gradient[name].astype(np.float64) for name in trained(shapes)}
+    wide = {name: found[name].astype(np.float64) for name in trained(shapes)}
     return {
-        "loss": np.float32(loss.item()),
+        "loss": np.float32(loss),
         "gradient_norm": np.array([np.linalg.norm(g) for g in wide.values()]),
         "gradient_dot": np.array([np.sum(g * along[name]) for name, g in wide.items()]),
-        **{f"gradient/{name}": gradient[name] for name in WHOLE[model.config.model_type]},
+        **{f"gradient/{name}": found[name] for name in WHOLE[model.config.model_type]},
     }
 
 
@@ -333,7 +339,8 @@ def measure(case: str, seed: int) -> tuple[dict, dict]:
     """The arrays of a case and what architectures.json says about it."""
     import torch
 
-    model, config, shapes = load(case, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        model, config, shapes = load(case, seed, folder)
     routing = watch_routers(model)
     vocabulary = config["vocab_size"]
     tokens = np.random.default_rng(seed + 2).integers(0, vocabulary, (ROWS, LENGTH), np.int32)
@@ -360,6 +367,17 @@ def measure(case: str, seed: int) -> tuple[dict, dict]:
     return arrays, notes
 
 
+def settled(case: str, first: int) -> tuple[dict, dict]:
+    """What `measure` returns with the first seed from `first` on that leaves no choice close to a
+    tie."""
+    for seed in itertools.count(first):
+        found, notes = measure(case, seed)
+        routing = notes["smallest_routing_gap"]
+        if notes["smallest_logit_gap"] > LOGIT_GAP and (routing or 1.0) > ROUTING_GAP:
+            break
+    return found, notes
+
+
 def main() -> None:
     """Measures every case with the first seed that leaves no choice close to a tie."""
     import torch
@@ -368,11 +386,7 @@ def main() -> None:
     torch.set_num_threads(1)
     arrays, cases = {}, {}
     for number, case in enumerate(CASES):
-        for seed in itertools.count(1000 * number):
-            found, notes = measure(case, seed)
-            routing = notes["smallest_routing_gap"]
-            if notes["smallest_logit_gap"] > LOGIT_GAP and (routing or 1.0) > ROUTING_GAP:
-                break
+        found, notes = settled(case, 1000 * number)
         arrays |= {f"{case}/{what}": x for what, x in found.items()}
         cases[case] = notes
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from r1jax.io.shards import INDEX, SINGLE, Draft, Shards, write_shards
+from r1jax.io.shards import MODEL, MTP, Draft, Shards, index_name, single_name, write_shards
 
+SINGLE, INDEX = single_name(MODEL), index_name(MODEL)
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
     "b": np.arange(4).astype(jnp.bfloat16),
@@ -40,6 +41,18 @@ def test_round_trip(tmp_path, shard_bytes):
     files = {1: 4, 20: 2, 1 << 20: 1}[shard_bytes]
     assert len(list(tmp_path.glob("*.safetensors"))) == files
     assert (tmp_path / INDEX).exists() == (shard_bytes < 1 << 20)
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 1 << 20])
+def test_files_of_a_second_stem_are_read_too(tmp_path, shard_bytes):
+    folder_of(tmp_path)
+    more = {"e": np.float32([1]), "f": np.float32([2])}
+    write_shards(tmp_path, more.items(), stem=MTP, shard_bytes=shard_bytes)
+    assert set(Shards(tmp_path).shapes()) == {*TENSORS, *more}
+    write_shards(tmp_path, [("a", TENSORS["a"])], stem=MTP)
+    (tmp_path / index_name(MTP)).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"a is in .* too"):
+        Shards(tmp_path)
 
 
 def test_a_truncated_shard(tmp_path):
