@@ -227,11 +227,17 @@ def _settings(args: argparse.Namespace, model: Any, prompt_tokens: int) -> Any:
     )
 
 
-def _answer(args: argparse.Namespace, model: Any, ids: list[int], show: Callable[[str], Any]):
-    """(text, counts, seconds) of one answer, shown as it comes."""
+def _answer(
+    args: argparse.Namespace,
+    model: Any,
+    ids: list[int],
+    show: Callable[[str], Any],
+    kept: Any = None,
+):
+    """(text, generation, seconds) of one answer, shown as it comes, after what an earlier kept."""
     from r1jax.infer.generate import Generation
 
-    generation = Generation(model.module, [ids], _settings(args, model, len(ids)))
+    generation = Generation(model.module, [ids], _settings(args, model, len(ids)), kept=kept)
     stream, parts, began = model.tokenizer.stream(), [], time.monotonic()
     ends = set(model.tokenizer.eos_ids)
     for (new,) in generation:
@@ -240,7 +246,7 @@ def _answer(args: argparse.Namespace, model: Any, ids: list[int], show: Callable
         show(text)
     parts.append(stream.flush())
     show(parts[-1])
-    return "".join(parts), generation.counts, time.monotonic() - began
+    return "".join(parts), generation, time.monotonic() - began
 
 
 def _report(counts: Any, seconds: float, rerank: int) -> None:
@@ -248,6 +254,8 @@ def _report(counts: Any, seconds: float, rerank: int) -> None:
     if counts.drafted:
         fate = f"best of {rerank} kept" if rerank else f"{100 * counts.acceptance:.0f} % accepted"
         line += f"; {counts.drafted} drafted, {fate}, {counts.tokens_per_pass:.2f} tokens a pass"
+    if counts.reused:
+        line += f"; {counts.reused} tokens of the conversation were in the cache"
     _say(line)
 
 
@@ -270,19 +278,19 @@ def _generate(args: argparse.Namespace) -> None:
     else:
         system = [{"role": "system", "content": args.system}] if args.system else []
         ids = model.tokenizer.chat_ids([*system, {"role": "user", "content": prompt}])
-    text, counts, seconds = _answer(args, model, ids, (lambda _: None) if args.json else _write)
+    text, done, seconds = _answer(args, model, ids, (lambda _: None) if args.json else _write)
     if args.json:
-        found = dict(text=text, seconds=seconds, **counts._asdict())
+        found = dict(text=text, seconds=seconds, **done.counts._asdict())
         print(json.dumps(found, ensure_ascii=False, indent=2))
     else:
         print()
-    _report(counts, seconds, args.rerank)
+    _report(done.counts, seconds, args.rerank)
 
 
 def _chat(args: argparse.Namespace) -> None:
     model = _with_tokenizer(args)
     messages = [{"role": "system", "content": args.system}] if args.system else []
-    prompt = "> " if os.isatty(0) else ""
+    prompt, kept = "> " if os.isatty(0) else "", None
     while True:
         try:
             line = input(prompt).strip()
@@ -292,7 +300,8 @@ def _chat(args: argparse.Namespace) -> None:
             break
         messages.append({"role": "user", "content": line})
         ids = model.tokenizer.chat_ids(messages)
-        text, counts, seconds = _answer(args, model, ids, _write)
+        text, done, seconds = _answer(args, model, ids, _write, kept)
+        kept = done.kept
         print()
-        _report(counts, seconds, args.rerank)
+        _report(done.counts, seconds, args.rerank)
         messages.append({"role": "assistant", "content": text})

@@ -12,23 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from r1jax.infer import rerank
-from r1jax.infer.cache import Cache, begin, extend, grown, last
+from r1jax.infer.cache import Cache, grown
 from r1jax.infer.multitoken import (
     Drafter,
     Rules,
     Session,
     catch_up,
-    extend_mtp,
     probabilities,
     run,
     start_drafter,
     wants,
 )
+from r1jax.infer.prompts import Kept, bucket, feed
 from r1jax.infer.sample import draw
 from r1jax.infer.speculative import HOPE, Costs, pays
 from r1jax.nn.count import drafter_share
 
-CHUNK = 512  # tokens of a prompt that are fed at once
 ROOM = 64  # tokens that one call of the compiled loop can make
 PATIENCE = 0.1  # seconds that a stream may be silent
 
@@ -82,12 +81,20 @@ class Sampling:
 
 
 class Counts(NamedTuple):
-    """What multi-token decoding did, over all rows."""
+    """What was done, over all rows.
+
+    Attributes:
+        tokens: made.
+        passes: of the main model.
+        drafted, accepted: by multi-token decoding.
+        reused: tokens of the prompts that were in the cache already.
+    """
 
     tokens: int = 0
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
+    reused: int = 0
 
     @property
     def acceptance(self) -> float:
@@ -117,6 +124,7 @@ class Generation:
         sampling: Sampling,
         *,
         costs: Costs | None = None,
+        kept: Kept | None = None,
     ):
         """Nothing is computed before the first iteration.
 
@@ -125,6 +133,8 @@ class Generation:
             prompts: token ids of each row, at least one.
             sampling: how to generate.
             costs: of drafting; None: `draft_costs(model)`.
+            kept: what an earlier generation of the same rows and model left, `Generation.kept`;
+                what its tokens share with the prompts is not fed again. It is used up.
 
         Raises:
             ValueError: no prompt, an empty one, an id outside the vocabulary, a prompt and its
@@ -135,26 +145,44 @@ class Generation:
         # Flattened once: a module of a few hundred arrays takes longer to flatten than to run.
         self._weights, self._treedef = jax.tree.flatten(model)
         self._prompts = [list(map(int, p)) for p in prompts]
+        self._before, self._rows = kept, [list(row) for row in self._prompts]
+        self._session: Session | None = None
         self._costs = draft_costs(model) if costs is None else costs
         self._temperature_B = jnp.full(len(prompts), sampling.temperature, jnp.float32)
 
     def __iter__(self) -> Iterator[list[list[int]]]:
-        session = self._prefill()
+        session = self._session = self._prefill()
         first = np.asarray(session.token_B)[:, None].tolist()
         rows = len(first)
-        self.counts = Counts(tokens=rows, passes=rows)
-        yield first
+        self.counts = self.counts._replace(tokens=rows, passes=rows)
+        yield self._noted(first)
         most = 4
         while (np.asarray(session.left_B) > 0).any():
             began = time.perf_counter()
-            session = self._call(self._with_room(session), most)
+            session = self._session = self._call(self._with_room(session), most)
             made = np.asarray(session.made_B)
             # As many tokens a call as the stream's reader has patience for.
             took = (time.perf_counter() - began) / max(int(made.max()), 1)
             most = int(np.clip(PATIENCE / took, 1, min(2 * most, ROOM)))
             tokens = np.asarray(session.tokens_BM)
             self._count(made, np.asarray(session.counts))
-            yield [row[:n].tolist() for row, n in zip(tokens, made, strict=True)]
+            yield self._noted([row[:n].tolist() for row, n in zip(tokens, made, strict=True)])
+
+    def _noted(self, new: list[list[int]]) -> list[list[int]]:
+        for row, tokens in zip(self._rows, new, strict=True):
+            row += tokens
+        return new
+
+    @property
+    def kept(self) -> Kept | None:
+        """What the next generation of these rows need not feed again; None before any token."""
+        if self._session is None:
+            return None
+        cache, drafter = self._session.cache, self._session.drafter
+        fed = [row[:n] for row, n in zip(self._rows, np.asarray(cache.length_B), strict=True)]
+        if drafter is None:
+            return Kept(fed, cache, None, np.zeros(len(fed), np.int32))
+        return Kept(fed, cache, drafter.own, np.asarray(drafter.length_B))
 
     def _call(self, session: Session, most: int) -> Session:
         """Some rounds: with drafts if they pay for some row now, else without."""
@@ -175,11 +203,11 @@ class Generation:
     def _count(self, made: np.ndarray, new: np.ndarray) -> None:
         passes, drafted, accepted = (int(n) for n in new)
         c = self.counts
-        self.counts = Counts(
-            c.tokens + int(made.sum()),
-            c.passes + passes,
-            c.drafted + drafted,
-            c.accepted + accepted,
+        self.counts = c._replace(
+            tokens=c.tokens + int(made.sum()),
+            passes=c.passes + passes,
+            drafted=c.drafted + drafted,
+            accepted=c.accepted + accepted,
         )
 
     def _prefill(self) -> Session:
@@ -188,20 +216,21 @@ class Generation:
         hopeless = not pays(jnp.full(1, HOPE), self._costs, rules.drafts).any()
         if hopeless and not rules.rerank:
             rules = rules._replace(drafts=0)
-        cache, drafter_own, hidden_BD = prefill(self.model, self._prompts, rules.drafts > 0)
+        fed = feed(self.model, self._prompts, mtp=rules.drafts > 0, kept=self._before)
+        self._before, hidden_BD = None, fed.hidden_BD
+        self.counts = Counts(reused=fed.reused)
         key, now = jax.random.split(jax.random.key(self.sampling.seed))
         token_B = _first(self.model, hidden_BD, self._temperature_B, now, rules=rules)
         drafter = None
         if rules.drafts:
             width = ROOM + rules.drafts + 1
-            drafter = start_drafter(
-                drafter_own, jnp.asarray(lengths - 1), hidden_BD, token_B, width=width
-            )
+            own_B = jnp.asarray(lengths - 1)
+            drafter = start_drafter(fed.own, own_B, hidden_BD, token_B, width=width)
         ended = np.isin(np.asarray(token_B), rules.eos_ids)
         left = np.where(ended, 0, self.sampling.max_tokens - 1).astype(np.int32)
         rows = len(lengths)
         return Session(
-            cache=cache,
+            cache=fed.cache,
             drafter=drafter,
             token_B=token_B,
             left_B=jnp.asarray(left),
@@ -220,7 +249,7 @@ class Generation:
             return session
         # Room for what is left, or for twice as much: a longer cache is another program.
         left = int(np.asarray(session.left_B).max())
-        capacity = _bucket(need + min(left, longest))
+        capacity = bucket(need + min(left, longest))
         session = session._replace(cache=grown(session.cache, capacity))
         if session.drafter is not None:
             d = session.drafter
@@ -236,43 +265,6 @@ def generate(model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> lis
         for row, tokens in zip(out, new, strict=True):
             row += tokens
     return out
-
-
-def prefill(model, prompts: Sequence[Sequence[int]], mtp: bool):
-    """Feeds prompts of any lengths, `CHUNK` tokens at a time.
-
-    Args:
-        model: a decoder made of stacks.
-        prompts: token ids of each row.
-        mtp: feed the MTP module too: hidden i and token i + 1, all but the last.
-
-    Returns:
-        (cache, the MTP module's own cache or None, hidden_BD at each row's last token).
-    """
-    length_B = np.array([len(p) for p in prompts], np.int32)
-    capacity = _bucket(int(length_B.max()) + 1)
-    width = min(CHUNK, 1 << max(int(length_B.max()) - 1, 15).bit_length())
-    padded_BS = np.zeros((len(prompts), -(-int(length_B.max()) // width) * width + 1), np.int32)
-    for row, prompt in zip(padded_BS, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    capacity = max(capacity, padded_BS.shape[1] - 1)
-    cache, own, hidden_BD = None, None, None
-    for start in range(0, int(length_B.max()), width):
-        tokens_BT = padded_BS[:, start : start + width]
-        valid_B = np.clip(length_B - start, 0, width)
-        if cache is None:
-            hidden_BTD, cache = _begin(model, tokens_BT, valid_B, capacity=capacity)
-            hidden_BD = jnp.zeros_like(hidden_BTD[:, 0])
-            # The module's block is of the kind of the last stack's.
-            own = jax.tree.map(lambda x: jnp.zeros_like(x[:1]), cache.entries[-1]) if mtp else None
-        else:
-            hidden_BTD, cache = _extend(model, tokens_BT, cache, valid_B)
-        ends_B = (valid_B > 0) & (length_B <= start + width)
-        hidden_BD = jnp.where(ends_B[:, None], last(hidden_BTD, valid_B), hidden_BD)
-        if mtp:
-            next_BT = padded_BS[:, start + 1 : start + width + 1]
-            own = _extend_mtp(model, hidden_BTD, next_BT, own, np.full_like(length_B, start))
-    return cache, own, hidden_BD
 
 
 def draft_costs(model) -> Costs:
@@ -304,12 +296,6 @@ def _check(model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         raise ValueError("this model has no multi-token-prediction module: draft must be 0")
 
 
-def _bucket(n: int) -> int:
-    """A capacity for `n` tokens: few different ones, so that few programs are compiled."""
-    step = 1 << max(n.bit_length() - 4, 7)
-    return 1 << max(n - 1, 127).bit_length() if n <= 1024 else -(-n // step) * step
-
-
 @functools.partial(jax.jit, static_argnames=("treedef", "rules"), donate_argnames="session")
 def _run(weights, session: Session, temperature_B, how, *, treedef, rules: Rules) -> Session:
     model, (most, costs) = jax.tree.unflatten(treedef, weights), how
@@ -324,22 +310,6 @@ def _catch_up(weights, drafter: Drafter, *, treedef) -> Drafter:
 
 
 _wants = jax.jit(wants, static_argnames="most")
-
-
-@functools.partial(jax.jit, static_argnames="capacity")
-def _begin(model, tokens_BT, valid_B, *, capacity: int):
-    return begin(model, tokens_BT, valid_B, capacity)
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def _extend(model, tokens_BT, cache: Cache, valid_B):
-    hidden_BTD, cache = extend(model, tokens_BT, cache)
-    return hidden_BTD, cache._replace(length_B=cache.length_B + valid_B)
-
-
-@functools.partial(jax.jit, donate_argnames="own")
-def _extend_mtp(model, hidden_BTD, next_BT, own, length_B):
-    return extend_mtp(model, hidden_BTD, next_BT, own, length_B)[1]
 
 
 @functools.partial(jax.jit, static_argnames="rules")

@@ -88,6 +88,7 @@ def test_a_conversation(folder, capsys, monkeypatch):
     out, err = said(capsys, "chat", folder, "--max-tokens=4", "--seed=3")
     assert err.count("4 tokens") == 2
     assert out.count("\n") == 2
+    assert err.count("were in the cache") == 1, "the second turn does not feed the first again"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1jax.infer import generate as generating
+from r1jax.infer import prompts as feeding
 from r1jax.infer.cache import begin, empty, extend, grown, last
 from tests.nn import tiny
 
@@ -81,12 +82,12 @@ def test_writing_beyond_the_room_of_a_row_is_never_asked_for(monkeypatch):
 def test_long_prompts_come_in_chunks(monkeypatch):
     model = tiny.model(CONFIGS[0])
     prompts = [tiny.tokens(3, 21).tolist(), tiny.tokens(4, 5).tolist(), tiny.tokens(5, 16).tolist()]
-    whole = generating.prefill(model, prompts, True)
-    monkeypatch.setattr(generating, "CHUNK", 8)
-    chunks = generating.prefill(model, prompts, True)
-    np.testing.assert_array_equal(whole[0].length_B, chunks[0].length_B)
-    np.testing.assert_allclose(whole[2], chunks[2], rtol=SAME, atol=SAME)
-    for a, b in zip(jax.tree.leaves(whole[1]), jax.tree.leaves(chunks[1]), strict=True):
+    whole = feeding.feed(model, prompts, mtp=True)
+    monkeypatch.setattr(feeding, "CHUNK", 8)
+    chunks = feeding.feed(model, prompts, mtp=True)
+    np.testing.assert_array_equal(whole.cache.length_B, chunks.cache.length_B)
+    np.testing.assert_allclose(whole.hidden_BD, chunks.hidden_BD, rtol=SAME, atol=SAME)
+    for a, b in zip(jax.tree.leaves(whole.own), jax.tree.leaves(chunks.own), strict=True):
         for row, n in enumerate([20, 4, 15]):
             np.testing.assert_allclose(a[:, row, :n], b[:, row, :n], rtol=SAME, atol=SAME)
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from r1jax.infer import rerank
-from r1jax.infer.generate import Generation, Sampling, generate, prefill
+from r1jax.infer.generate import Generation, Sampling, generate
 from r1jax.infer.multitoken import Rules, extend_mtp, probabilities, start_drafter
+from r1jax.infer.prompts import feed
 from r1jax.infer.rerank import mean_log_probability, propose
 from r1jax.infer.sample import draw
 from tests.nn import tiny
@@ -76,7 +77,7 @@ def test_the_token_after_the_drafts_is_the_main_models(drafts):
 def test_the_candidates_come_from_the_modules_own_distribution():
     """Candidates beside a shared cache are drafted as by feeding each to a cache of its own."""
     module, rules = model(), Rules(drafts=3, rerank=5)
-    cache, own, hidden_BD = prefill(module, PROMPTS, True)
+    cache, own, hidden_BD, _ = feed(module, PROMPTS, mtp=True)
     length_B = jnp.asarray([len(p) - 1 for p in PROMPTS], jnp.int32)
     token_B = jnp.array([3, 1, 2], jnp.int32)
     drafter = start_drafter(own, length_B, hidden_BD, token_B, width=8)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1jax.infer.generate import Generation, Sampling, generate
+from r1jax.infer.prompts import feed
 from r1jax.infer.sample import distribution
 from r1jax.infer.speculative import Costs, goes_on, pays, updated_rate, verify
 from tests.nn import tiny
@@ -144,11 +145,9 @@ def test_the_drafter_sees_what_training_showed_it():
 
     Here the module's draft is checked directly: its output over the cache equals the full pass.
     """
-    from r1jax.infer.generate import prefill
-
     model = tiny.model(tiny.model_config())
     tokens = tiny.tokens(0, 2, 9)
-    _, own, _ = prefill(model, tokens.tolist(), True)
+    own = feed(model, tokens.tolist(), mtp=True).own
     full = model(*tiny.whole_rows(tokens))
     rows = tiny.whole_rows(tokens[:, 1:])
     hidden, _ = model.predict_second(full.hidden_BTD[:, :-1], tokens[:, 1:], *rows[1:])

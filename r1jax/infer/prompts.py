@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feeding prompts: in chunks, and after what an earlier turn of the conversation left."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1jax.infer.cache import Cache, begin, extend, grown, last
+from r1jax.infer.multitoken import extend_mtp
+from r1jax.nn.block import Entry
+
+CHUNK = 512  # tokens of a prompt that are fed at once
+
+
+class Kept(NamedTuple):
+    """What generations leave for prompts that begin with the same tokens.
+
+    Attributes:
+        tokens: of each row, all that were fed.
+        cache: of the main model.
+        own: the MTP module's cache, or None.
+        own_length_B: [B] its entries; 0 without.
+    """
+
+    tokens: list[list[int]]
+    cache: Cache
+    own: Entry | None
+    own_length_B: np.ndarray
+
+
+class Fed(NamedTuple):
+    """Prompts in the cache.
+
+    Attributes:
+        cache: of the main model.
+        own: the MTP module's cache, or None.
+        hidden_BD: [B, D] at each row's last token.
+        reused: tokens, over all rows, that were there already.
+    """
+
+    cache: Cache
+    own: Entry | None
+    hidden_BD: jax.Array
+    reused: int
+
+
+def feed(model, prompts: Sequence[Sequence[int]], *, mtp: bool, kept: Kept | None = None) -> Fed:
+    """Feeds prompts of any lengths, `CHUNK` tokens at a time.
+
+    Args:
+        model: a decoder made of stacks.
+        prompts: token ids of each row.
+        mtp: feed the MTP module too: hidden i and token i + 1, all but the last.
+        kept: of the same rows; what their prompts share with it is not fed again. It is used up.
+    """
+    length_B = np.array([len(p) for p in prompts], np.int32)
+    start_B = np.zeros_like(length_B) if kept is None else _shared(kept, prompts, mtp)
+    rest_B = length_B - start_B
+    most = int(rest_B.max())
+    width = min(CHUNK, 1 << max(most - 1, 15).bit_length())
+    padded_BS = np.zeros((len(prompts), -(-most // width) * width + 1), np.int32)
+    for row, prompt, start in zip(padded_BS, prompts, start_B, strict=True):
+        row[: len(prompt) - start] = prompt[start:]
+    capacity = bucket(max(int(length_B.max()) + 1, int(start_B.max()) + padded_BS.shape[1] - 1))
+    cache, own, hidden_BD = None, None, None
+    if start_B.any():
+        cache, own = _roomy(kept, start_B, capacity, mtp)
+    for start in range(0, most, width):
+        tokens_BT = padded_BS[:, start : start + width]
+        valid_B = np.clip(rest_B - start, 0, width)
+        if cache is None:
+            hidden_BTD, cache = _begin(model, tokens_BT, valid_B, capacity=capacity)
+            # The module's block is of the kind of the last stack's.
+            own = jax.tree.map(lambda x: jnp.zeros_like(x[:1]), cache.entries[-1]) if mtp else None
+        else:
+            hidden_BTD, cache = _extend(model, tokens_BT, cache, valid_B)
+        if hidden_BD is None:
+            hidden_BD = jnp.zeros_like(hidden_BTD[:, 0])
+        ends_B = (valid_B > 0) & (rest_B <= start + width)
+        hidden_BD = jnp.where(ends_B[:, None], last(hidden_BTD, valid_B), hidden_BD)
+        if mtp:
+            next_BT = padded_BS[:, start + 1 : start + width + 1]
+            own = _extend_mtp(model, hidden_BTD, next_BT, own, start_B + start)
+    return Fed(cache, own, hidden_BD, int(start_B.sum()))
+
+
+def _shared(kept: Kept, prompts: Sequence[Sequence[int]], mtp: bool) -> np.ndarray:
+    """[B] tokens of each prompt that need not be fed: the last is, for its hidden state."""
+
+    def common(old, new):
+        n = min(len(old), len(new) - 1)
+        return next((i for i in range(n) if old[i] != new[i]), n)
+
+    shared_B = np.array([common(*row) for row in zip(kept.tokens, prompts, strict=True)], np.int32)
+    if not mtp:
+        return shared_B
+    if kept.own is None:
+        return np.zeros_like(shared_B)
+    # Entry i of the module is made of token i + 1: the last token in common is fed again, for the
+    # entry that it makes with the token that follows it now.
+    return np.maximum(np.minimum(shared_B - 1, kept.own_length_B), 0).astype(np.int32)
+
+
+def _roomy(kept: Kept, start_B: np.ndarray, capacity: int, mtp: bool):
+    """(cache, own) of `kept` cut to `start_B` tokens, with room for `capacity` at least."""
+    cache, own = kept.cache, kept.own
+    if cache.capacity < capacity:
+        cache = grown(cache, capacity)
+        if mtp:
+            own = grown(Cache((own,), cache.length_B), capacity).entries[0]
+    return cache._replace(length_B=jnp.asarray(start_B)), own if mtp else None
+
+
+def bucket(n: int) -> int:
+    """A capacity for `n` tokens: few different ones, so that few programs are compiled."""
+    step = 1 << max(n.bit_length() - 4, 7)
+    return 1 << max(n - 1, 127).bit_length() if n <= 1024 else -(-n // step) * step
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _begin(model, tokens_BT, valid_B, *, capacity: int):
+    return begin(model, tokens_BT, valid_B, capacity)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _extend(model, tokens_BT, cache: Cache, valid_B):
+    hidden_BTD, cache = extend(model, tokens_BT, cache)
+    return hidden_BTD, cache._replace(length_B=cache.length_B + valid_B)
+
+
+@functools.partial(jax.jit, donate_argnames="own")
+def _extend_mtp(model, hidden_BTD, next_BT, own, length_B):
+    return extend_mtp(model, hidden_BTD, next_BT, own, length_B)[1]

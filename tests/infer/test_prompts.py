@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A turn of a conversation after the last: what was fed is not fed again, and nothing changes."""
+
+import numpy as np
+import pytest
+
+from r1jax.infer import prompts as feeding
+from r1jax.infer.generate import Generation, Sampling, generate
+from r1jax.infer.prompts import feed
+from r1jax.infer.speculative import Costs
+from tests.nn import tiny
+
+# Keys expanded in a first chunk, absorbed afterwards: float32 sums in other orders.
+SAME = 3e-5
+ALWAYS = Costs(-0.9, 0.0)
+
+
+def answered(model, prompts, sampling, kept=None):
+    """(answers, generation) of rows."""
+    generation, out = Generation(model, prompts, sampling, costs=ALWAYS, kept=kept), []
+    for new in generation:
+        out = [a + b for a, b in zip(out or [[]] * len(new), new, strict=True)]
+    return out, generation
+
+
+@pytest.mark.parametrize(
+    ("drafts", "rerank", "chunk"),
+    [
+        (0, 0, 512),
+        (2, 0, 8),
+        pytest.param(2, 2, 512, marks=pytest.mark.slow),
+        pytest.param(0, 0, 8, marks=pytest.mark.slow),
+    ],
+)
+def test_a_conversation_is_answered_as_if_fed_anew(drafts, rerank, chunk, monkeypatch):
+    """Turns that go on, that change an earlier turn, that are shorter, and the same again."""
+    monkeypatch.setattr(feeding, "CHUNK", chunk)
+    model = tiny.model(tiny.model_config())
+    sampling = Sampling(temperature=0.0, max_tokens=6, eos_ids=(7,), drafts=drafts, rerank=rerank)
+    prompts, kept, reused = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5]], None, []
+    for turn in range(5):
+        wanted, _ = answered(model, prompts, sampling)
+        found, generation = answered(model, prompts, sampling, kept)
+        assert found == wanted, turn
+        kept = generation.kept
+        reused.append(generation.counts.reused)
+        if turn == 0:  # the conversation goes on
+            prompts = [[*p, *a, 9, turn] for p, a in zip(prompts, found, strict=True)]
+        elif turn == 1:  # one row says another thing early on, the other goes on
+            prompts = [[1, 2, 5, 5, 5], [*prompts[1], *found[1], 3]]
+        elif turn == 2:
+            prompts = [p[:-1] for p in prompts]
+    assert reused[0] == 0
+    assert all(n > 0 for n in reused[1:])
+    assert reused[1] >= 3 + 11 - 2 * (drafts > 0)
+
+
+def test_what_is_fed_after_a_shared_prefix_is_the_whole():
+    model = tiny.model(tiny.model_config())
+    before, after = tiny.tokens(0, 2, 20).tolist(), tiny.tokens(1, 2, 30).tolist()
+    after[0][:17], after[1][:3] = before[0][:17], before[1][:3]
+    fed = feed(model, before, mtp=True)
+    kept = feeding.Kept(before, fed.cache, fed.own, np.array([19, 19]))
+    whole, found = feed(model, after, mtp=True), feed(model, after, mtp=True, kept=kept)
+    assert found.reused >= 16 + 2
+    np.testing.assert_allclose(found.hidden_BD, whole.hidden_BD, rtol=SAME, atol=SAME)
+    for stack, wanted in zip(found.cache.entries, whole.cache.entries, strict=True):
+        for a, b in zip(stack, wanted, strict=True):
+            np.testing.assert_allclose(a[:, :, :30], b[:, :, :30], rtol=SAME, atol=SAME)
+    for a, b in zip(found.own, whole.own, strict=True):
+        np.testing.assert_allclose(a[:, :, :29], b[:, :, :29], rtol=SAME, atol=SAME)
+
+
+def test_drafts_after_a_turn_without_are_fed_anew():
+    model, plain = tiny.model(tiny.model_config()), Sampling(temperature=0.0, max_tokens=6)
+    (answer,), generation = answered(model, [[1, 2, 3]], plain)
+    prompt = [1, 2, 3, *answer, 4]
+    drafting = Sampling(temperature=0.0, max_tokens=6, drafts=2)
+    (found,), again = answered(model, [prompt], drafting, generation.kept)
+    assert again.counts.reused == 0
+    assert [found] == generate(model, [prompt], plain)
