@@ -253,9 +253,17 @@ class _Pieces:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _written(whole: jax.Array, part: jax.Array, start: tuple[Any, ...]) -> jax.Array:
-    """`whole` with `part` at the leading index `start`, in place."""
+    """`whole` with `part` at the leading index `start`, in place.
+
+    XLA:CPU converts all of a float8 array to update some of it: 3.3 s a tensor for an array of
+    0.4 GB, where moving its bytes takes 3 ms.
+    """
     at = (*start, *(0,) * part.ndim)
-    return jax.lax.dynamic_update_slice(whole, part.reshape((1,) * len(start) + part.shape), at)
+    part = part.reshape((1,) * len(start) + part.shape)
+    if whole.dtype != E4M3:
+        return jax.lax.dynamic_update_slice(whole, part, at)
+    raw = [jax.lax.bitcast_convert_type(x, jnp.uint8) for x in (whole, part)]
+    return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(*raw, at), E4M3)
 
 
 def fitting(wanted: Any, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> Any:
