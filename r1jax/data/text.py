@@ -188,7 +188,9 @@ def load_tokenizer(folder: str | Path) -> TextTokenizer:
     eos = _read(folder / "generation_config.json").get("eos_token_id")
     if eos is None:
         eos = _read(folder / "config.json").get("eos_token_id")
-    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"{folder}: eos_token_id={eos!r} must be a whole number or a list of them")
     try:
         return TextTokenizer(tokenizer, config, eos_ids=ids)
     except ValueError as error:

@@ -143,7 +143,7 @@ def read_config(
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where}: expected a JSON object, got {type(raw).__name__}")
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(f"{where}: {kind=!r} is no known model_type; {sorted(ARCHITECTURES)} are")
     architecture = ARCHITECTURES[kind]
     fields = Fields(raw, where)

@@ -51,6 +51,8 @@ def load(
             infinity; file and tensor are named.
     """
     shapes = source.shapes()
+    if cfg.num_layers > len(shapes):  # before a table of so many layers is made
+        raise ValueError(f"{source.path}: {len(shapes)} tensors cannot be {cfg.num_layers} layers")
     wanted = places(cfg)
     check_names(source, cfg, wanted)
     module = blank(cfg)

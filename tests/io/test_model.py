@@ -194,6 +194,7 @@ def test_fp8_that_is_wrong_is_named(tmp_path, change, message):
     [
         ({"model_type": "mamba"}, "model_type"),
         ({"model_type": None}, "model_type"),
+        ({"model_type": ["llama"]}, "model_type"),
         ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ({"topk_method": "greedy"}, "topk_method"),
         ({"norm_topk_prob": False}, "norm_topk_prob"),
@@ -237,6 +238,14 @@ def test_another_models_tokenizer(tmp_path):
     source = write(tmp_path / "hf", CONFIGS["llama"])
     TextTokenizer(task_tokenizer().inner).save(source)
     with pytest.raises(ValueError, match="another model's tokenizer"):
+        open_model(source)
+
+
+def test_a_claim_of_many_layers_is_refused_at_once(tmp_path):
+    source = write(tmp_path / "hf", CONFIGS["llama"])
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 10**9}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="cannot be 1000000000 layers"):
         open_model(source)
 
 
