@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1jax.ops.experts import TILES, choose, experts, tile, tile_slots
+from r1jax.ops.experts import FEW, LARGE, TILES, choose, experts, tile, tile_slots
 
 # Sums of up to 24 float32 products of order 1, scatter-added in another order.
 FLOAT32 = 5e-5
@@ -157,3 +157,30 @@ def test_large_tiles_are_the_dense_sum():
         for how in ("tiled", "dense")
     )
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("t", [1, FEW, FEW + 1])
+def test_few_tokens_of_large_experts(t):
+    """The weights are read where they lie up to `FEW` tokens; the result is the loop's."""
+    rng = np.random.default_rng(t)
+    d, f, e, k = 128, LARGE // 128, 5, 2
+    draw = lambda *shape: (rng.normal(size=shape) / np.sqrt(shape[-2])).astype(np.float32)  # noqa: E731
+    index = np.stack([rng.permutation(e)[:k] for _ in range(t)]).astype(np.int32)
+    x, weight = rng.normal(size=(t, d)).astype(np.float32), rng.random((t, k), np.float32)
+    weights = draw(e, d, f), draw(e, d, f), draw(e, f, d)
+    run = functools.partial(experts, implementation="dense")
+    np.testing.assert_allclose(
+        jax.jit(run)(x, index, weight, weights),
+        by_loop(x, index, weight, weights),
+        rtol=FLOAT32,
+        atol=FLOAT32,
+    )
+
+    def gradients(f):
+        return jax.grad(lambda x, w: (f(x, index, weight, w) ** 2).sum(), argnums=(0, 1))(
+            x, weights
+        )
+
+    got, want = gradients(run), gradients(by_einsum)
+    for one, exact in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, exact, rtol=FLOAT32, atol=FLOAT32 * np.abs(exact).max())
