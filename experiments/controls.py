@@ -93,8 +93,11 @@ class Controls:
         rng = np.random.default_rng(0)
         recipe, state = self.start("random", self.cfg, "cold_start")
 
-        def noise(problems, texts):
-            return rng.random(len(texts)).astype(np.float32)
+        rules = recipe.judge(self.cfg.rl_1.reward)
+
+        def noise(step, asked, done):
+            found = rules(step, asked, done)()
+            return lambda: found._replace(reward_B=rng.random(len(done.texts), np.float32))
 
         recipe.stage("rl_1", state, recipe.reinforce("rl_1", self.cfg.rl_1, noise))
         show("rl_1, random reward", recipe.records[-1])

@@ -44,7 +44,7 @@ def main() -> None:
         key = jax.random.fold_in(jax.random.key(0), step)
         return rollout(
             state.model(), prompt_PS, valid_PS, key, temperature_B,
-            max_new_tokens=work.NEW_TOKENS, eos_id=None, pad_id=work.PAD,
+            max_new_tokens=work.NEW_TOKENS, eos_ids=(), pad_id=work.PAD,
         )  # fmt: skip
 
     sample = program(sample)

@@ -9,11 +9,23 @@ from r1jax.config.model import DenseConfig, MLAConfig, ModelConfig, MoEConfig, R
 from r1jax.config.presets import laptop_model, laptop_student, quickstart
 from r1jax.config.recipe import EvalConfig, RecipeConfig, RejectionConfig, StudentsConfig
 from r1jax.config.tasks import LARGEST_INTEGER, Difficulty, TaskConfig, TraceMix
-from r1jax.config.training import GRPOConfig, OptimConfig, SamplingConfig, SFTConfig, UpdateConfig
+from r1jax.config.training import (
+    OBJECTIVES,
+    GRPOConfig,
+    OptimConfig,
+    PairsConfig,
+    PPOConfig,
+    PPOUpdateConfig,
+    RewardConfig,
+    SamplingConfig,
+    SFTConfig,
+    UpdateConfig,
+)
 from r1jax.config.tree import from_config_dict, to_config_dict
 
 __all__ = [
     "LARGEST_INTEGER",
+    "OBJECTIVES",
     "DenseConfig",
     "Difficulty",
     "EvalConfig",
@@ -22,8 +34,12 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",
+    "PPOConfig",
+    "PPOUpdateConfig",
+    "PairsConfig",
     "RecipeConfig",
     "RejectionConfig",
+    "RewardConfig",
     "RopeConfig",
     "SFTConfig",
     "SamplingConfig",

@@ -4,7 +4,14 @@
 from r1jax.config.model import DenseConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from r1jax.config.recipe import EvalConfig, RecipeConfig, RejectionConfig, StudentsConfig
 from r1jax.config.tasks import Difficulty, TaskConfig, TraceMix
-from r1jax.config.training import GRPOConfig, OptimConfig, SamplingConfig, SFTConfig, UpdateConfig
+from r1jax.config.training import (
+    GRPOConfig,
+    OptimConfig,
+    RewardConfig,
+    SamplingConfig,
+    SFTConfig,
+    UpdateConfig,
+)
 
 
 def laptop_model() -> ModelConfig:
@@ -77,7 +84,7 @@ def quickstart() -> RecipeConfig:
             steps=steps,
             prompts=16,
             group_size=8,
-            format_weight=0.2,
+            reward=RewardConfig(format=0.2),
             reference_every=0,
             update=UpdateConfig(beta=0.01),
             optim=OptimConfig(

@@ -2,8 +2,9 @@
 """Settings of the trainers and of the sampler."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from r1jax.config.check import divides, fraction, positive
+from r1jax.config.check import divides, fraction, one_of, positive
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,8 @@ class SFTConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How completions are drawn. `temperature` 0 is greedy."""
+    """How completions are drawn, at the temperature that a stage has."""
 
-    temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     prompt_length: int = 24
@@ -59,12 +59,27 @@ class SamplingConfig:
 
     def __post_init__(self):
         positive(self, "prompt_length", "max_new_tokens")
-        if self.temperature < 0:
-            raise ValueError(f"sampling.temperature must be >= 0, got {self.temperature}")
         if self.top_k is not None:
             positive(self, "top_k")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"sampling.top_p must lie in (0, 1], got {self.top_p}")
+
+
+OBJECTIVES = (
+    "grpo",
+    "output_grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "gspo_token",
+    "cispo",
+    "rloo",
+    "reinforce_pp",
+    "reinforce_pp_baseline",
+)
+"""What `update.objective` may be; `r1jax.train.objective` says what each is made of."""
+
+KL_ESTIMATORS = ("k1", "k2", "k3", "k3_corrected")
 
 
 @dataclass(frozen=True)
@@ -75,17 +90,80 @@ class UpdateConfig:
     in `micro_batches` pieces.
     """
 
+    objective: str = "grpo"
     minibatches: int = 1
     epochs: int = 1
     micro_batches: int = 1
     clip_low: float = 0.2
     clip_high: float = 0.2
-    beta: float = 0.001  # weight of the KL to the reference
+    beta: float = 0.001  # weight of the KL to the reference; at 0 no reference is held
+    kl: str = "k3"  # its estimator, where the objective has the KL in the loss
+    scale: str = "group"  # advantages over the deviation of the group, of the batch, or "none"
+    ddof: int = 0  # 0 divides its squares by the number of rewards (the papers), 1 by one less
+    eps: float = 1e-6  # added to it
+    importance_cap: float | None = None  # of π_trainer / π_sampler, per token; None: no correction
 
     def __post_init__(self):
-        positive(self, "minibatches", "epochs", "micro_batches")
+        positive(self, "minibatches", "epochs", "micro_batches", "eps")
+        one_of(self, "objective", OBJECTIVES)
+        one_of(self, "kl", KL_ESTIMATORS)
+        one_of(self, "scale", ("group", "batch", "none"))
         if self.clip_low < 0 or self.clip_high < 0 or self.beta < 0:
             raise ValueError("update.clip_low, update.clip_high and update.beta must be >= 0")
+        if self.ddof not in (0, 1):
+            raise ValueError(f"update.ddof must be 0 or 1, got {self.ddof}")
+        if self.importance_cap is not None and self.importance_cap < 1:
+            raise ValueError(f"update.importance_cap must be >= 1, got {self.importance_cap}")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The weight of each reward; one of weight 0 is not computed.
+
+    Attributes:
+      accuracy: 1 for a right answer: by math-verify, unit tests or the task's own verifier.
+      format: 1 for a completion that follows the template to the letter.
+      language: share of words in `target_language` of the chain of thought (R1, section 2.3.2).
+      overlong: DAPO's soft punishment over the last `overlong_buffer` tokens of the length limit.
+      repetition: −1..0 for chains of thought that run in circles.
+      model: score of the reward model in the folder `model_path`, from step `model_from` on.
+    """
+
+    accuracy: float = 1.0
+    format: float = 1.0
+    language: float = 0.0
+    target_language: str = "en"
+    overlong: float = 0.0
+    overlong_buffer: int = 64
+    repetition: float = 0.0
+    model: float = 0.0
+    model_path: str = ""
+    model_from: int = 0
+
+    def __post_init__(self):
+        positive(self, "overlong_buffer")
+        if self.model_from < 0:
+            raise ValueError(f"reward.model_from must be >= 0, got {self.model_from}")
+        if bool(self.model) != bool(self.model_path):
+            raise ValueError(
+                f"reward.model={self.model} and reward.model_path={self.model_path!r} belong "
+                "together: set both or none"
+            )
+
+
+def rollouts_fit(owner: Any, minibatches: int, micro_batches: int) -> None:
+    """Checks what a stage that learns from rollouts says of their number."""
+    positive(owner, "prompts", "group_size", "pieces")
+    for name in ("steps", "reference_every", "temperature"):
+        if getattr(owner, name) < 0:
+            raise ValueError(f"{name} must be >= 0, got {getattr(owner, name)}")
+    divides(
+        owner.prompts * owner.group_size,
+        "prompts × group_size",
+        minibatches * micro_batches,
+        "update.minibatches × update.micro_batches",
+    )
+    divides(owner.prompts, "prompts", owner.pieces, "pieces")
 
 
 @dataclass(frozen=True)
@@ -95,21 +173,103 @@ class GRPOConfig:
     steps: int = 100
     prompts: int = 32
     group_size: int = 16
+    temperature: float = 1.0
+    pieces: int = 1  # of a step's prompts: one is judged while the next is sampled
+    refill: int = 0  # most batches sampled in place of groups without contrast (DAPO)
     reference_every: int = 400  # steps after which the reference becomes the policy; 0 = never
-    accuracy_weight: float = 1.0
-    format_weight: float = 1.0
+    reward: RewardConfig = field(default_factory=RewardConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(learning_rate=3e-6, weight_decay=0.0)
     )
 
     def __post_init__(self):
-        positive(self, "prompts", "group_size")
-        if self.steps < 0 or self.reference_every < 0:
-            raise ValueError("steps and reference_every must be >= 0")
-        divides(
-            self.prompts * self.group_size,
-            "prompts × group_size",
-            self.update.minibatches * self.update.micro_batches,
-            "update.minibatches × update.micro_batches",
-        )
+        rollouts_fit(self, self.update.minibatches, self.update.micro_batches)
+        if self.refill < 0:
+            raise ValueError(f"refill must be >= 0, got {self.refill}")
+
+
+@dataclass(frozen=True)
+class PPOUpdateConfig:
+    """What one call of the compiled PPO step does with a batch of rollouts."""
+
+    minibatches: int = 1
+    epochs: int = 1
+    micro_batches: int = 1
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    value_clip: float = 0.2  # ε of the critic, in units of the reward
+    gamma: float = 1.0
+    lam: float = 0.95  # λ of GAE
+    beta: float = 0.001  # weight of the KL in the reward; at 0 no reference is held
+
+    def __post_init__(self):
+        positive(self, "minibatches", "epochs", "micro_batches", "value_clip")
+        fraction(self, "gamma", "lam")
+        if self.clip_low < 0 or self.clip_high < 0 or self.beta < 0:
+            raise ValueError("update.clip_low, update.clip_high and update.beta must be >= 0")
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Proximal policy optimisation with a critic (arXiv 1707.06347).
+
+    Attributes:
+      critic: "own", a second model of the policy's size, or "shared", a head on its trunk.
+      value_weight: of the critic's loss, where the trunk is shared.
+      value_optim: of the critic, where it is its own.
+    """
+
+    steps: int = 100
+    prompts: int = 512
+    group_size: int = 1
+    temperature: float = 1.0
+    pieces: int = 1
+    reference_every: int = 0
+    critic: str = "own"
+    value_weight: float = 0.5
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    update: PPOUpdateConfig = field(default_factory=PPOUpdateConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(learning_rate=1e-6, weight_decay=0.0)
+    )
+    value_optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(learning_rate=1e-5, weight_decay=0.0)
+    )
+
+    def __post_init__(self):
+        rollouts_fit(self, self.update.minibatches, self.update.micro_batches)
+        one_of(self, "critic", ("own", "shared"))
+        positive(self, "value_weight")
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Training on pairs of answers, or on single ones with a label.
+
+    Attributes:
+      loss: "dpo", "cdpo" or "ipo" for a policy; "pairwise" (helpfulness) or "pointwise" (safety)
+        for a reward model.
+      beta: strength of the tie to the reference, reward per nat; policies only.
+      label_smoothing: P(a label is wrong); cdpo only.
+    """
+
+    steps: int = 100
+    batch_size: int = 32  # pairs, or labelled answers
+    micro_batches: int = 1
+    length: int = 512  # tokens of prompt and answer
+    loss: str = "dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.1
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(learning_rate=5e-7, weight_decay=0.0)
+    )
+
+    def __post_init__(self):
+        positive(self, "batch_size", "micro_batches", "length", "beta")
+        one_of(self, "loss", ("dpo", "cdpo", "ipo", "pairwise", "pointwise"))
+        if self.steps < 0:
+            raise ValueError(f"steps must be >= 0, got {self.steps}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
+        divides(self.batch_size, "batch_size", self.micro_batches, "micro_batches")

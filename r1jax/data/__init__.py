@@ -4,9 +4,9 @@
 from r1jax.data.corpus import (
     batch_at,
     cold_start_corpus,
+    left_padded,
     pretrain_corpus,
     problems,
-    prompt_batch,
 )
 from r1jax.data.packing import Packed, example, pack
 from r1jax.data.tasks import TASKS, Difficulty, Problem, Trace, TraceMix
@@ -44,6 +44,6 @@ __all__ = [
     "pretrain_corpus",
     "problems",
     "prompt",
-    "prompt_batch",
+    "left_padded",
     "task_tokenizer",
 ]

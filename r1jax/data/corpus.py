@@ -141,36 +141,33 @@ def problems(
     return found
 
 
-def prompt_batch(
-    problems: Sequence[Problem], tokenizer: TaskTokenizer, template: Template, *, length: int
+def left_padded(
+    rows: Sequence[Sequence[int]], *, length: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts of some problems, padded on the left.
+    """Prompts side by side, padded on the left.
 
     Args:
-      problems: P problems.
-      tokenizer: turns words into ids.
-      template: the turn marks.
+      rows: P prompts as ids.
       length: ids in a row.
+      pad_id: id of the empty places.
 
     Returns:
       (tokens [P, length] int32, mask [P, length] bool, True at real tokens).
 
     Raises:
-      ValueError: a prompt is longer than `length`.
+      ValueError: a prompt is empty, or longer than `length`.
     """
-    rows = [tokenizer.encode(prompt(problem.question, template)) for problem in problems]
-    tokens_PT = np.full((len(rows), length), tokenizer.pad_id, np.int32)
-    mask_PT = np.zeros((len(rows), length), bool)
+    tokens_PS = np.full((len(rows), length), pad_id, np.int32)
+    mask_PS = np.zeros((len(rows), length), bool)
     for index, ids in enumerate(rows):
-        if len(ids) > length:
+        if not 0 < len(ids) <= length:
             raise ValueError(
-                f"the prompt of {problems[index].question!r} has {len(ids)} tokens, "
-                f"expected at most prompt_length={length}; "
-                f"set sampling.prompt_length to {len(ids)} or more"
+                f"prompt {index} has {len(ids)} tokens, expected 1..prompt_length={length}; "
+                f"set sampling.prompt_length to {max(len(ids), 1)} or more"
             )
-        tokens_PT[index, length - len(ids) :] = ids
-        mask_PT[index, length - len(ids) :] = True
-    return tokens_PT, mask_PT
+        tokens_PS[index, length - len(ids) :] = ids
+        mask_PS[index, length - len(ids) :] = True
+    return tokens_PS, mask_PS
 
 
 def batch_at(packed: Packed, step: int, *, batch_size: int, seed: int) -> dict[str, np.ndarray]:

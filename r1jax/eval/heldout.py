@@ -10,6 +10,7 @@ from r1jax.data.tasks import Problem
 from r1jax.eval.score import Scores, score, summarise
 from r1jax.train.sampler import Sampler
 from r1jax.train.state import TrainState
+from r1jax.train.words import Words
 
 
 def evaluate(
@@ -17,6 +18,7 @@ def evaluate(
     sampler: Sampler,
     problems: Sequence[Problem],
     *,
+    words: Words,
     samples: int,
     seed: int,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -26,8 +28,9 @@ def evaluate(
         (figures, answers): figures as `eval.score.summarise` plus greedy and by_task; answers are
         dicts of question, text and correct, one a problem.
     """
-    done = sampler(state, problems, (seed, 0), [1.0] * samples + [0.0])
-    every = score(done.problems, done.texts, done.tokens_B, sampler.template)
+    done = sampler(state, words.asked(problems).ids, (seed, 0), [1.0] * samples + [0.0])
+    asked = [p for p in problems for _ in range(samples + 1)]
+    every = score(asked, done.texts, done.tokens_B, words.template)
     is_greedy = np.arange(len(done.texts)) % (samples + 1) == samples
     sampled, greedy = _pick(every, ~is_greedy), _pick(every, is_greedy)
     repeated = [p for p in problems for _ in range(samples)]

@@ -46,7 +46,7 @@ def rollout(
     temperature_B: jax.Array,
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_ids: tuple[int, ...],
     pad_id: int,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -62,8 +62,8 @@ def rollout(
         key: PRNG key.
         temperature_B: [B]; 0 is greedy. B % P == 0.
         max_new_tokens: T, the length limit.
-        eos_id: token that ends a row; None lets every row run to the limit.
-        pad_id: fills rows after their end. It may equal `eos_id`.
+        eos_ids: tokens that end a row; without any every row runs to the limit.
+        pad_id: fills rows after their end. It may be one of `eos_ids`.
         top_k, top_p: truncation, see `infer.sample`.
 
     Raises:
@@ -84,7 +84,7 @@ def rollout(
     def body(c):
         drawn = draw(c["hidden"], head_DN, jax.random.fold_in(key, c["t"]))
         token_B = jnp.where(c["done"], pad_id, drawn.token_B)
-        done = c["done"] if eos_id is None else c["done"] | (token_B == eos_id)
+        done = functools.reduce(lambda done, end: done | (token_B == end), eos_ids, c["done"])
         hidden, own = step(model, token_B, prompt, c["own"], c["t"])
         return _recorded(c, token_B, drawn) | dict(t=c["t"] + 1, hidden=hidden, own=own, done=done)
 

@@ -10,10 +10,10 @@ from flax import nnx
 
 from r1jax.config import UpdateConfig
 from r1jax.ops.loss import token_logp
-from r1jax.rl.advantages import group_advantages, informative_groups
-from r1jax.rl.objectives import grpo_loss
-from r1jax.rl.reduce import token_weights_sequence_mean
+from r1jax.rl.advantages import informative_groups
+from r1jax.rl.ratio import truncated_importance_weight
 from r1jax.rl.rollout import Rollout, rows_of
+from r1jax.train.objective import Objective, objective_of
 from r1jax.train.program import program
 from r1jax.train.state import Controls, TrainState, accumulate, update
 
@@ -41,26 +41,29 @@ def completion_logp(model, rows: dict[str, jax.Array], temperature: jax.Array | 
 
 
 def micro_batch_loss(
-    model, micro: dict[str, jax.Array], *, temperature: jax.Array | float, cfg: UpdateConfig
+    model,
+    micro: dict[str, jax.Array],
+    objective: Objective,
+    *,
+    temperature: jax.Array | float,
+    importance_cap: float | None,
 ) -> tuple[jax.Array, Metrics]:
-    """`rl.grpo_loss` of one micro-batch with its minibatch's token weights; metrics are sums.
+    """The objective's loss of one micro-batch with its minibatch's token weights; metrics are sums.
 
     Without `old_logp` in it the update is the only one, and the policy is its own old policy.
     """
     logp_BT, entropy_BT, load_LE = completion_logp(model, micro, temperature)
     old_BT = micro.get("old_logp", jax.lax.stop_gradient(logp_BT))
-    loss, sums = grpo_loss(
-        logp_BT,
-        old_BT,
-        micro["ref_logp"],
-        micro["advantage"],
-        micro["mask"],
-        clip_low=cfg.clip_low,
-        clip_high=cfg.clip_high,
-        beta=cfg.beta,
-        weight_BT=micro["weight"],
+    advantage, mask_BT = micro["advantage"], micro["mask"]
+    if importance_cap is not None:
+        advantage = jnp.broadcast_to(advantage.reshape(len(advantage), -1), mask_BT.shape)
+        advantage *= truncated_importance_weight(
+            old_BT, micro["behaviour_logp"], mask_BT, cap=importance_cap
+        )
+    loss, sums = objective.loss(
+        logp_BT, old_BT, micro.get("ref_logp"), advantage, mask_BT, weight_BT=micro["weight"]
     )
-    masked = lambda x_BT: jnp.where(micro["mask"] > 0, x_BT, 0.0).sum()  # noqa: E731
+    masked = lambda x_BT: jnp.where(mask_BT > 0, x_BT, 0.0).sum()  # noqa: E731
     sums |= {
         "loss": loss,
         "entropy": masked(entropy_BT),
@@ -72,7 +75,7 @@ def micro_batch_loss(
 
 def grpo_step(
     state: TrainState,
-    ref_params: nnx.State,
+    ref_params: nnx.State | None,
     rollout: Rollout,
     reward_B: jax.Array,
     controls: Controls,
@@ -83,6 +86,8 @@ def grpo_step(
 ) -> tuple[TrainState, Metrics]:
     """Advantages, clipped ratio, KL, gradient, clip, AdamW, router bias and metrics of one batch.
 
+    GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3), or another objective of `train.objective`.
+
     The B rows are split into `cfg.minibatches` updates, gone over `cfg.epochs` times; every update
     is summed over `cfg.micro_batches` with whole-minibatch weights. The old log-probabilities are
     the trainer's own from before the first update: the sampler's differ by another program's
@@ -91,7 +96,8 @@ def grpo_step(
 
     Args:
         state: donated by the caller.
-        ref_params: the reference policy π_ref; the router bias is the policy's own.
+        ref_params: the reference policy π_ref, the router bias is the policy's own; or None where
+            `cfg.beta` is 0.
         rollout: B = P · G completions.
         reward_B: [B] raw rewards; NaN marks a row whose reward is unknown.
         controls: learning rate and γ.
@@ -103,19 +109,27 @@ def grpo_step(
         reward, dead_groups (share of groups without a signal), load [L, E].
     """
     group_size = rollout.tokens_BT.shape[0] // rollout.prompt_PS.shape[0]
-    batch = _batch(rollout, group_advantages(reward_B, group_size=group_size))
-    batch |= _still_logp(state, ref_params, batch, temperature, cfg=cfg)
+    objective = objective_of(cfg)
+    batch = rows_to_train(rollout)
+    if cfg.importance_cap is not None:
+        batch["behaviour_logp"] = rollout.behaviour_logp_BT
+    old = cfg.minibatches * cfg.epochs > 1 or (objective.kl_in_reward and cfg.beta > 0)
+    batch |= still_logp(
+        state, ref_params, batch, temperature, pieces=cfg.minibatches * cfg.micro_batches, old=old
+    )
+    batch["advantage"] = objective.advantages(reward_B, batch, group_size)
     shape = (cfg.minibatches, cfg.micro_batches)
-    batch = jax.tree.map(lambda x: _interleave(x, *shape), batch)
+    batch = jax.tree.map(lambda x: interleave(x, *shape), batch)
 
     def one_update(state, minibatch):
-        weight = token_weights_sequence_mean(
-            minibatch["mask"].reshape(-1, minibatch["mask"].shape[-1])
-        )
+        weight = objective.weights(minibatch["mask"].reshape(-1, minibatch["mask"].shape[-1]))
         minibatch = minibatch | {"weight": weight.reshape(minibatch["mask"].shape)}
 
         def loss_fn(params, micro):
-            return micro_batch_loss(state.model(params), micro, temperature=temperature, cfg=cfg)
+            return micro_batch_loss(
+                state.model(params), micro, objective,
+                temperature=temperature, importance_cap=cfg.importance_cap,
+            )  # fmt: skip
 
         grads, sums = accumulate(loss_fn, state.params, minibatch)
         state, report = update(state, grads, sums["load"], controls, optimizer)
@@ -126,13 +140,14 @@ def grpo_step(
 
     state, sums = jax.lax.scan(one_epoch, state, None, length=cfg.epochs)
     live_P = informative_groups(reward_B, group_size=group_size)
-    return state, _report(sums) | {
+    return state, report_of(sums) | {
         "reward": jnp.mean(reward_B, where=jnp.isfinite(reward_B)),
         "dead_groups": 1.0 - live_P.astype(jnp.float32).mean(),
     }
 
 
-def _batch(rollout: Rollout, advantage_B: jax.Array) -> dict[str, jax.Array]:
+def rows_to_train(rollout: Rollout) -> dict[str, jax.Array]:
+    """What a pass over the rows of a rollout needs, and what the sampler said of them."""
     tokens, positions, segments = rows_of(rollout)
     return {
         "tokens": tokens,
@@ -141,40 +156,48 @@ def _batch(rollout: Rollout, advantage_B: jax.Array) -> dict[str, jax.Array]:
         "completion": rollout.tokens_BT,
         "mask": rollout.mask_BT,
         "sampler_logp": rollout.logp_BT,
-        "advantage": advantage_B,
     }
 
 
-def _still_logp(state: TrainState, ref_params, batch, temperature, *, cfg) -> dict[str, jax.Array]:
-    """Log-probabilities that no update moves: the reference's, and the old policy's if needed."""
-    with jax.named_scope("reference"):
-        found = {"ref_logp": _frozen_logp(state.model(ref_params), batch, temperature, cfg)}
-    if cfg.minibatches * cfg.epochs > 1:
+def still_logp(
+    state: TrainState, ref_params, batch, temperature, *, pieces: int, old: bool
+) -> dict[str, jax.Array]:
+    """Log-probabilities that no update moves: of the reference if there is one, and, where `old`,
+    of the policy before the first update."""
+    found = {}
+    if ref_params is not None:
+        with jax.named_scope("reference"):
+            found["ref_logp"] = _frozen_logp(state.model(ref_params), batch, temperature, pieces)
+    if old:
         with jax.named_scope("old_policy"):
-            found["old_logp"] = _frozen_logp(state.model(), batch, temperature, cfg)
+            found["old_logp"] = _frozen_logp(state.model(), batch, temperature, pieces)
     return found
 
 
-def _frozen_logp(model, batch, temperature, cfg: UpdateConfig) -> jax.Array:
-    """[B, T] log-probabilities under a policy that is not updated, micro-batch by micro-batch."""
-    n = cfg.minibatches * cfg.micro_batches
-    pieces = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
-    logp = jax.lax.map(lambda rows: completion_logp(model, rows, temperature)[0], pieces)
+def _frozen_logp(model, batch, temperature, pieces: int) -> jax.Array:
+    """[B, T] log-probabilities under a policy that is not updated, piece by piece."""
+    logp = by_piece(lambda rows: completion_logp(model, rows, temperature)[0], batch, pieces)
     return logp.reshape(batch["mask"].shape)
 
 
-def _interleave(x: jax.Array, minibatches: int, micro_batches: int) -> jax.Array:
+def by_piece(fn, batch: dict[str, jax.Array], pieces: int) -> jax.Array:
+    """[pieces, B / pieces, ...] of `fn` on one piece of the rows after the other."""
+    return jax.lax.map(
+        fn, jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
+    )
+
+
+def interleave(x: jax.Array, minibatches: int, micro_batches: int) -> jax.Array:
     """[B, ...] → [minibatches, micro_batches, B', ...], rows dealt out like cards."""
     x = x.reshape(-1, minibatches * micro_batches, *x.shape[1:]).swapaxes(0, 1)
     return x.reshape(minibatches, micro_batches, *x.shape[1:])
 
 
-def _report(sums: Metrics) -> Metrics:
+def report_of(sums: Metrics) -> Metrics:
     """Metrics of all updates [epochs, minibatches, ...] as one set of means."""
     tokens = jnp.maximum(sums["tokens"].sum(), 1.0)
     per_token = {
-        name: sums[key].sum() / tokens
-        for name, key in {"kl": "kl", "ratio": "ratio", "entropy": "entropy"}.items()
+        name: sums[name].sum() / tokens for name in ("kl", "ratio", "entropy") if name in sums
     }
     return per_token | {
         "ratio_error": jnp.sqrt(sums["ratio_square_error"].sum() / tokens),

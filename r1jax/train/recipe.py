@@ -18,6 +18,7 @@ from r1jax.config import (
     ModelConfig,
     RecipeConfig,
     RejectionConfig,
+    RewardConfig,
     SFTConfig,
     to_config_dict,
 )
@@ -31,12 +32,15 @@ from r1jax.eval.summary import read_summary, with_provenance, write_summary
 from r1jax.io import jsonl, metrics, outdir
 from r1jax.nn.build import build
 from r1jax.train import stages
+from r1jax.train.collect import Collector
 from r1jax.train.failure import StageFailed
+from r1jax.train.judge import Judge, Rules, by_task
 from r1jax.train.loop import Run, finish, finished, load
 from r1jax.train.progress import Progress, Silent
+from r1jax.train.questions import Asked
 from r1jax.train.sampler import Sampler
-from r1jax.train.stages import Words
 from r1jax.train.state import TrainState, create
+from r1jax.train.words import Words, template_of
 
 Go = Callable[[TrainState], tuple[TrainState, int, float]]
 
@@ -87,13 +91,13 @@ class Recipe:
         self.run = Run(out, to_config_dict(cfg).to_dict(), progress, cfg.checkpoint_every)
         tokenizer = task_tokenizer()
         check_vocabulary(cfg, tokenizer.vocab_size)
-        self.words = Words(cfg.tasks, tokenizer, stages.template_of(cfg.tasks))
-        self.sampler = Sampler(cfg.sampling, tokenizer, self.words.template)
+        self.words = Words(cfg.tasks, tokenizer, template_of(cfg.tasks))
+        self.sampler = Sampler(cfg.sampling, self.words.ending())
         self.heldout = heldout(cfg, self.words)
         # What does not fit is refused here, before anything is trained or written.
         self.cold_start_rows = self.written_traces(cfg.cold_start)
-        self.sampler.prompts(self.heldout)
-        self.sampler.prompts(self.words.problems(256, cfg.seed, "train"))
+        for problems in (self.heldout, self.words.problems(256, cfg.seed, "train")):
+            self.sampler.prompts(self.words.asked(problems).ids)
         self.records: list[dict[str, Any]] = []
 
     def seed(self, stage: str) -> int:
@@ -147,6 +151,7 @@ class Recipe:
             state,
             self.sampler,
             self.heldout,
+            words=self.words,
             samples=self.cfg.evaluation.samples,
             seed=self.seed(name) + 999_999,
         )
@@ -205,26 +210,29 @@ class Recipe:
             difficulty=self.cfg.tasks.difficulty,
         )
 
-    def reinforce(
-        self, stage: str, cfg: GRPOConfig, reward_fn: stages.RewardFn | None = None
-    ) -> Go:
-        """GRPO from the state given."""
+    def reinforce(self, stage: str, cfg: GRPOConfig, judge: Judge | None = None) -> Go:
+        """GRPO from the state given, with the recipe's rewards or a control's."""
+        seed, words = self.seed(stage), self.words
+
+        def questions(index: int, n: int) -> Asked:
+            return words.asked(words.problems(n, seed + index, "train"))
+
+        collector = Collector(
+            cfg, self.sampler, questions, judge or self.judge(cfg.reward), seed=seed
+        )
+        speed = self.cfg.model.moe.bias_update_speed
 
         def go(state: TrainState):
-            state, seconds = stages.grpo(
-                self.run,
-                stage,
-                state,
-                cfg,
-                self.sampler,
-                words=self.words,
-                bias_speed=self.cfg.model.moe.bias_update_speed,
-                seed=self.seed(stage),
-                reward_fn=reward_fn,
-            )
+            state, seconds = stages.grpo(self.run, stage, state, cfg, collector, bias_speed=speed)
             return state, cfg.steps, seconds
 
         return go
+
+    def judge(self, cfg: RewardConfig) -> Judge:
+        """The recipe's rewards; the tasks verify themselves."""
+        template = self.words.template
+        longest = self.cfg.sampling.max_new_tokens
+        return Rules(cfg, template, by_task(template), max_length=longest)
 
     def imitate(
         self,

@@ -1,34 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling completions of problems: the compiled rollout and the text around it."""
+"""Sampling completions of prompts: the compiled rollout and the text around it."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from r1jax.config import SamplingConfig
-from r1jax.data.corpus import prompt_batch
-from r1jax.data.tasks import Problem
-from r1jax.data.template import Template
-from r1jax.data.tokenizer import TaskTokenizer
+from r1jax.data.corpus import left_padded
 from r1jax.rl.rollout import Rollout, rollout
 from r1jax.train.program import Ahead, program
 from r1jax.train.state import TrainState
 
 
 class Completions(NamedTuple):
-    """A rollout and its texts; entry b belongs to problem b // (B / P), repeated in `problems`."""
+    """A rollout and its texts; row b belongs to prompt b // (B / P)."""
 
     rollout: Rollout
-    problems: list[Problem]
     texts: list[str]
     tokens_B: np.ndarray
 
 
+class Ending(NamedTuple):
+    """What sampling has to know of a tokenizer: where a text ends, and how ids become text."""
+
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    decode: Callable[[list[int]], str]
+
+
 @functools.cache
-def compile_rollout(cfg: SamplingConfig, eos_id: int, pad_id: int):
+def compile_rollout(cfg: SamplingConfig, eos_ids: tuple[int, ...], pad_id: int):
     """`rl.rollout` of a state, jitted: (state, prompt_PS, valid_PS, noise, temperature_B)."""
 
     def run(state: TrainState, prompt_PS, valid_PS, noise, temperature_B) -> Rollout:
@@ -40,7 +44,7 @@ def compile_rollout(cfg: SamplingConfig, eos_id: int, pad_id: int):
             key,
             temperature_B,
             max_new_tokens=cfg.max_new_tokens,
-            eos_id=eos_id,
+            eos_ids=eos_ids,
             pad_id=pad_id,
             top_k=cfg.top_k,
             top_p=cfg.top_p,
@@ -52,13 +56,13 @@ def compile_rollout(cfg: SamplingConfig, eos_id: int, pad_id: int):
 class Sampler:
     """Draws completions from any state of one architecture; one compilation a batch shape."""
 
-    def __init__(self, cfg: SamplingConfig, tokenizer: TaskTokenizer, template: Template):
-        self.cfg, self.tokenizer, self.template = cfg, tokenizer, template
-        self.run = compile_rollout(cfg, tokenizer.eos_id, tokenizer.pad_id)
+    def __init__(self, cfg: SamplingConfig, ending: Ending):
+        self.cfg, self.ending = cfg, ending
+        self.run = compile_rollout(cfg, ending.eos_ids, ending.pad_id)
 
-    def prompts(self, problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarray]:
+    def prompts(self, ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Left-padded prompts [P, S] and their validity; ValueError if one does not fit."""
-        return prompt_batch(problems, self.tokenizer, self.template, length=self.cfg.prompt_length)
+        return left_padded(ids, length=self.cfg.prompt_length, pad_id=self.ending.pad_id)
 
     def ahead(self, state: TrainState, prompts: int, group_size: int) -> Ahead:
         """The traced rollout of so many prompts and samples of each."""
@@ -66,26 +70,41 @@ class Sampler:
         noise, temperature_B = np.empty(2, np.uint32), np.empty(prompts * group_size, np.float32)
         return Ahead(self.run, state.slim(), prompt(np.int32), prompt(bool), noise, temperature_B)
 
-    def __call__(
+    def draw(
         self,
         state: TrainState,
-        problems: Sequence[Problem],
+        ids: Sequence[Sequence[int]],
         noise: tuple[int, int],
         temperatures: Sequence[float],
-    ) -> Completions:
-        """Completions of P problems, one for each of `temperatures` (0 is greedy).
+    ) -> Rollout:
+        """A rollout of P prompts, one row for each of `temperatures` (0 is greedy).
+
+        It returns before the device is done; `read` waits.
 
         Args:
             state: of the policy; its optimizer is not looked at.
+            ids: the P prompts.
             noise: (seed, step); the same pair draws the same completions.
             temperatures: G numbers.
         """
-        prompt_PS, valid_PS = self.prompts(problems)
-        temperature_B = np.tile(np.asarray(temperatures, np.float32), len(problems))
+        prompt_PS, valid_PS = self.prompts(ids)
+        temperature_B = np.tile(np.asarray(temperatures, np.float32), len(ids))
         noise = np.array([n % 2**32 for n in noise], np.uint32)
-        out = self.run(state.slim(), prompt_PS, valid_PS, noise, temperature_B)
-        lengths = np.asarray(out.mask_BT).sum(-1).astype(np.int32)
-        rows = np.asarray(out.tokens_BT)
-        ids = [row[:n].tolist() for row, n in zip(rows, lengths, strict=True)]
-        repeated = [p for p in problems for _ in temperatures]
-        return Completions(out, repeated, self.tokenizer.decode_batch(ids), lengths)
+        return self.run(state.slim(), prompt_PS, valid_PS, noise, temperature_B)
+
+    def read(self, drawn: Rollout) -> Completions:
+        """The texts of a rollout."""
+        lengths_B = np.asarray(drawn.mask_BT).sum(-1).astype(np.int32)
+        rows = np.asarray(drawn.tokens_BT)
+        ids = [row[:n].tolist() for row, n in zip(rows, lengths_B, strict=True)]
+        return Completions(drawn, [self.ending.decode(row) for row in ids], lengths_B)
+
+    def __call__(
+        self,
+        state: TrainState,
+        ids: Sequence[Sequence[int]],
+        noise: tuple[int, int],
+        temperatures: Sequence[float],
+    ) -> Completions:
+        """`draw`, then `read`."""
+        return self.read(self.draw(state, ids, noise, temperatures))

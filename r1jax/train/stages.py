@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages of the recipe as functions of a state: supervised, GRPO, rejection sampling."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,52 +14,20 @@ from r1jax.config import (
     ModelConfig,
     RejectionConfig,
     SFTConfig,
-    TaskConfig,
 )
 from r1jax.data import corpus
 from r1jax.data.packing import Packed, example, pack
-from r1jax.data.tasks import Problem
-from r1jax.data.template import PRIMER_RL, R1, Template, prompt
-from r1jax.data.tokenizer import TaskTokenizer
+from r1jax.data.template import prompt
 from r1jax.eval.score import score
-from r1jax.rl.rewards import accuracy, combine, format_reward
 from r1jax.rl.rollout import Rollout
+from r1jax.train.collect import Collector
 from r1jax.train.grpo import compile_grpo
 from r1jax.train.loop import Run, run_stage
 from r1jax.train.program import Ahead
-from r1jax.train.sampler import Completions, Sampler
+from r1jax.train.sampler import Sampler
 from r1jax.train.state import Controls, TrainState, restart
 from r1jax.train.supervised import compile_supervised, micro_batched
-
-RewardFn = Callable[[Sequence[Problem], Sequence[str]], np.ndarray]
-
-
-class Words(NamedTuple):
-    """The language of a run: its tasks, its tokenizer and its template."""
-
-    tasks: TaskConfig
-    tokenizer: TaskTokenizer
-    template: Template
-
-    def mixture(self) -> dict[str, float]:
-        """Task names and their shares."""
-        return dict(zip(self.tasks.names, self.tasks.weights, strict=True))
-
-    def problems(self, n: int, seed: int, split: str, *, unique: bool = False) -> list[Problem]:
-        """`n` problems of the split, drawn by the run's mixture."""
-        return corpus.problems(
-            n,
-            seed=seed,
-            tasks=self.mixture(),
-            split=split,
-            unique=unique,
-            difficulty=self.tasks.difficulty,
-        )
-
-
-def template_of(cfg: TaskConfig) -> Template:
-    """The template that `tasks.template` names."""
-    return {"r1": R1, "primer": PRIMER_RL}[cfg.template]
+from r1jax.train.words import Words
 
 
 def load_row(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -111,25 +79,15 @@ def grpo(
     stage: str,
     state: TrainState,
     cfg: GRPOConfig,
-    sampler: Sampler,
+    collector: Collector,
     *,
-    words: Words,
     bias_speed: float,
-    seed: int,
-    reward_fn: RewardFn | None = None,
 ) -> tuple[TrainState, float]:
-    """Reinforcement learning on the train split with the reference set to the starting policy.
-
-    Args:
-        reward_fn: `(problems, texts) -> float32 [B]` instead of accuracy and format: for controls.
-
-    Returns:
-        (state, seconds).
-    """
+    """Reinforcement learning with the reference set to the starting policy: (state, seconds)."""
     optimizer = optim.adamw(cfg.optim)
     step_jit = compile_grpo(cfg.update, optimizer)
-    temperature = np.float32(sampler.cfg.temperature)
-    temperatures = [sampler.cfg.temperature] * cfg.group_size
+    temperature = np.float32(cfg.temperature)
+    collect = collector.refilled if cfg.refill else collector.batch
 
     def controls_at(step):
         rate = optim.learning_rate(cfg.optim, step, cfg.steps)
@@ -139,26 +97,28 @@ def grpo(
 
     def step_fn(step, carry):
         if not compiling:  # in the first step: a finished stage compiles nothing
-            rollouts = sampler.ahead(carry["state"], cfg.prompts, len(temperatures)).shapes
+            rollouts = collector.shapes(collector.ahead(carry["state"]).shapes)
             compiling.append(_compiling(step_jit, carry, rollouts, controls_at(0), temperature))
-        problems = words.problems(cfg.prompts, seed + step, "train")
-        done = sampler(carry["state"], problems, (seed, step), temperatures)
-        reward_B, shares = _rewards(done, cfg, words, reward_fn)
+        got = collect(carry["state"], step, int(carry["drawn"]))
         compiling[0].join()
         new, metrics = step_jit(
-            carry["state"], carry["reference"], done.rollout, reward_B, controls_at(step),
+            carry["state"], carry["reference"], got.rollout, got.reward_B, controls_at(step),
             temperature=temperature,
         )  # fmt: skip
-        renew = cfg.reference_every and (step + 1) % cfg.reference_every == 0
-        reference = _copied(new.params) if renew else carry["reference"]
+        reference = renewed(carry["reference"], new.params, step, cfg.reference_every)
 
         def row():
-            seen = shares | _seen(done, words) | load_row(metrics)
-            return {k: v for k, v in metrics.items() if k != "load"} | seen
+            values = {k: v for k, v in metrics.items() if k != "load"}
+            return values | got.shown | load_row(metrics)
 
-        return {"state": new, "reference": reference}, row
+        return {"state": new, "reference": reference, "drawn": np.int32(got.drawn)}, row
 
-    carry = {"state": restart(state, optimizer), "reference": _copied(state.params)}
+    reference = copied(state.params) if cfg.update.beta else None
+    carry = {
+        "state": restart(state, optimizer),
+        "reference": reference,
+        "drawn": np.int32(0),
+    }
     carry, seconds = run_stage(run, stage, carry, step_fn, steps=cfg.steps)
     return carry["state"], seconds
 
@@ -170,26 +130,15 @@ def _compiling(step_jit, carry, rollouts: Rollout, controls: Controls, temperatu
     return Ahead(step_jit, *args, temperature=temperature).start()
 
 
-def _copied(params):
+def renewed(reference, params, step: int, every: int):
+    """The reference after a step: the policy itself every so many steps, if it is ever renewed."""
+    renew = reference is not None and every and (step + 1) % every == 0
+    return copied(params) if renew else reference
+
+
+def copied(params):
     """Arrays of their own: the state's are donated."""
     return jax.tree.map(lambda x: x.copy(), params)
-
-
-def _rewards(done: Completions, cfg: GRPOConfig, words: Words, reward_fn: RewardFn | None):
-    """(rewards [B] of `reward_fn`, or the recipe's; shares of right and of well-formed answers)."""
-    right = accuracy(done.problems, done.texts, words.template)
-    formed = format_reward(done.texts, words.template)
-    if reward_fn is None:
-        reward_B = combine((cfg.accuracy_weight, cfg.format_weight), right, formed)
-    else:
-        reward_B = reward_fn(done.problems, done.texts)
-    return reward_B, {"accuracy": right.mean(), "format": formed.mean()}
-
-
-def _seen(done: Completions, words: Words) -> dict[str, float]:
-    """What the metrics tell of completions beside their rewards."""
-    scores = score(done.problems, done.texts, done.tokens_B, words.template)
-    return {"mean_tokens": done.tokens_B.mean(), "reflection": scores.reflects.mean()}
 
 
 def rejection_sample(
@@ -225,8 +174,9 @@ def rejection_sample(
         found: dict[int, list[str]] = {i: [] for i in range(len(chunk))}
         for again in range(rounds):
             noise = (seed, start * rounds + again)
-            done = sampler(state, padded, noise, [1.0] * group_size)
-            scores = score(done.problems, done.texts, done.tokens_B, words.template)
+            done = sampler(state, words.asked(padded).ids, noise, [1.0] * group_size)
+            repeated = [p for p in padded for _ in range(group_size)]
+            scores = score(repeated, done.texts, done.tokens_B, words.template)
             asked_B = again * group_size + np.arange(len(done.texts)) % group_size < cfg.samples
             good = scores.correct & scores.well_formed & asked_B
             for row in np.flatnonzero(good):

@@ -17,7 +17,7 @@ from r1jax.io.model import Model
 from r1jax.io.outdir import MARKER
 from r1jax.nn.build import blank
 from r1jax.nn.param import RouterBias, filled, leaves
-from r1jax.train.stages import template_of
+from r1jax.train.words import template_of
 
 DEFAULT = "rl_2"
 

@@ -12,11 +12,11 @@ from r1jax.data import (
     TraceMix,
     batch_at,
     cold_start_corpus,
+    left_padded,
     parse,
     pretrain_corpus,
     problems,
     prompt,
-    prompt_batch,
     task_tokenizer,
 )
 from r1jax.data.tasks import split_of
@@ -122,7 +122,8 @@ def test_unique_problems():
 
 def test_prompts_are_padded_on_the_left():
     asked = problems(8, seed=0, tasks=ALL, split="train")
-    tokens_PT, mask_PT = prompt_batch(asked, TOKENIZER, R1, length=16)
+    ids = [TOKENIZER.encode(prompt(problem.question, R1)) for problem in asked]
+    tokens_PT, mask_PT = left_padded(ids, length=16, pad_id=TOKENIZER.pad_id)
     assert tokens_PT.shape == mask_PT.shape == (8, 16)
     assert (tokens_PT.dtype, mask_PT.dtype) == (np.int32, bool)
     for tokens, mask, problem in zip(tokens_PT, mask_PT, asked, strict=True):
@@ -131,7 +132,9 @@ def test_prompts_are_padded_on_the_left():
         assert (np.diff(mask.astype(int)) >= 0).all()
         assert (tokens[~mask] == TOKENIZER.pad_id).all()
     with pytest.raises(ValueError, match="prompt_length=5"):
-        prompt_batch(asked, TOKENIZER, R1, length=5)
+        left_padded(ids, length=5, pad_id=TOKENIZER.pad_id)
+    with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):
+        left_padded([ids[0], []], length=16, pad_id=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])

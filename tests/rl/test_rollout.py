@@ -37,7 +37,7 @@ def prompts(seed=0):
 @functools.cache
 def compiled(cfg, **changes):
     """The rollout of one kind of model, jitted and allowed one trace in all tests together."""
-    settings = dict(max_new_tokens=NEW, eos_id=EOS, pad_id=PAD) | changes
+    settings = dict(max_new_tokens=NEW, eos_ids=(EOS,), pad_id=PAD) | changes
 
     def run(model, prompt_PS, valid_PS, key, temperature_B):
         return rollout(model, prompt_PS, valid_PS, key, temperature_B, **settings)
@@ -168,7 +168,7 @@ def test_pad_equal_to_eos_does_no_harm():
 
 
 def test_without_eos_every_row_runs_to_the_limit():
-    r = hot(eos_id=None)
+    r = hot(eos_ids=())
     assert r.mask_BT.all()
     assert not r.ended_B.any()
     assert (np.asarray(r.tokens_BT) == EOS).any()
@@ -191,7 +191,7 @@ class Counted(DenseTransformer):
 def test_it_stops_when_all_rows_have_ended():
     cfg = tiny.dense_config(qwen2=False, num_layers=1)
     model = tiny.filled(lambda: Counted(cfg))
-    run = jax.jit(functools.partial(rollout, max_new_tokens=500, eos_id=EOS, pad_id=PAD))
+    run = jax.jit(functools.partial(rollout, max_new_tokens=500, eos_ids=(EOS,), pad_id=PAD))
     Counted.steps.clear()
     r = jax.block_until_ready(
         run(model, *prompts(), jax.random.key(0), np.full(2, 3.0, np.float32))
@@ -218,7 +218,7 @@ def test_the_key_decides():
 def test_noise_is_fresh_at_every_step_and_in_every_row():
     """From a model that has no opinion, rows and columns differ."""
     model = jax.tree.map(jnp.zeros_like, tiny.model(QWEN2))
-    run = compiled(QWEN2, eos_id=None)
+    run = compiled(QWEN2, eos_ids=())
     tokens = np.asarray(
         run(model, *prompts(), jax.random.key(0), np.ones(PROMPTS * GROUP, np.float32)).tokens_BT
     )
@@ -259,7 +259,7 @@ def test_rows_of():
 def test_rows_must_be_whole_groups():
     with pytest.raises(ValueError, match="3 rows must be a multiple of the 2 prompts"):
         jax.eval_shape(
-            functools.partial(rollout, max_new_tokens=2, eos_id=EOS, pad_id=PAD),
+            functools.partial(rollout, max_new_tokens=2, eos_ids=(EOS,), pad_id=PAD),
             jax.eval_shape(lambda: DenseTransformer(QWEN2)),
             *prompts(),
             jax.random.key(0),

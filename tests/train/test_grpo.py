@@ -41,7 +41,7 @@ def sampler(cfg, top_p):
     def run(model, prompt_PS, valid_PS, key, temperature_B):
         return rollout(
             model, prompt_PS, valid_PS, key, temperature_B,
-            max_new_tokens=NEW, eos_id=EOS, pad_id=PAD, top_p=top_p,
+            max_new_tokens=NEW, eos_ids=(EOS,), pad_id=PAD, top_p=top_p,
         )  # fmt: skip
 
     return jax.jit(run)

@@ -10,16 +10,17 @@ import jax
 import numpy as np
 import pytest
 
-from r1jax.config import RejectionConfig
+from r1jax.config import RejectionConfig, RewardConfig
 from r1jax.data import corpus
 from r1jax.data.tasks import arithmetic
 from r1jax.data.template import completion
 from r1jax.io import metrics
 from r1jax.train import stages
+from r1jax.train.collect import Collector
+from r1jax.train.judge import Rules, by_task
 from r1jax.train.loop import Run
 from r1jax.train.progress import Silent
 from r1jax.train.sampler import Completions, Sampler
-from r1jax.train.stages import Words
 from tests.train import tiny
 
 CFG = tiny.recipe()
@@ -64,28 +65,32 @@ def supervised(run):
     return stages.supervised(run, "s", state, packed, cfg, model=CFG.model, seed=1, log_every=1)[0]
 
 
-class SameProblems(Words):
-    """Gives the same problems whatever the seed."""
-
-    def problems(self, n, seed, split, *, unique=False):
-        return WORDS.problems(n, 0, split, unique=unique)
+def same(index, n):
+    """The same questions in every batch."""
+    return WORDS.asked(WORDS.problems(n, 0, "train"))
 
 
-def grpo(run, *, words=WORDS, seed=0, lr=0.01, seen=None):
+def fresh(index, n):
+    """Other questions in every batch."""
+    return WORDS.asked(WORDS.problems(n, index, "train"))
+
+
+def grpo(run, *, questions=fresh, seed=0, lr=0.01, seen=None, **changes):
     """Four steps; the reference is renewed after the second. `seen` takes the texts."""
+    rules = Rules(RewardConfig(), WORDS.template, by_task(WORDS.template), max_length=8)
 
-    def reward(problems, texts):
+    def judge(step, asked, done):
         if seen is not None:
-            seen.append(tuple(texts))
-        return np.array([text.count("7") + len(text) % 3 / 4 for text in texts], np.float32)
+            seen.append(tuple(done.texts))
+        odd = [text.count("7") + len(text) % 3 / 4 for text in done.texts]
+        verdict = rules(step, asked, done)()
+        return lambda: verdict._replace(reward_B=np.array(odd, np.float32))
 
     optim = dataclasses.replace(CFG.rl_1.optim, learning_rate=lr)
-    cfg = dataclasses.replace(CFG.rl_1, steps=STEPS, optim=optim)
-    sampler = Sampler(CFG.sampling, WORDS.tokenizer, WORDS.template)
-    return stages.grpo(
-        run, "g", tiny.state(CFG.model), cfg, sampler,
-        words=words, bias_speed=0.01, seed=seed, reward_fn=reward,
-    )[0]  # fmt: skip
+    cfg = dataclasses.replace(CFG.rl_1, steps=STEPS, optim=optim, **changes)
+    sampler = Sampler(CFG.sampling, WORDS.ending())
+    collector = Collector(cfg, sampler, questions, judge, seed=seed)
+    return stages.grpo(run, "g", tiny.state(CFG.model), cfg, collector, bias_speed=0.01)[0]
 
 
 def rows(out):
@@ -134,7 +139,7 @@ def test_noise_is_fresh_at_every_step_and_the_seed_decides(tmp_path):
     first, again, other = [], [], []
     for i, (seen, seed) in enumerate(((first, 0), (again, 0), (other, 10**10))):
         run = run_in(tmp_path / str(i))
-        grpo(run, words=SameProblems(*WORDS), seed=seed, lr=0.0, seen=seen)
+        grpo(run, questions=same, seed=seed, lr=0.0, seen=seen)
     assert first == again
     assert len({*first, *other}) == 2 * STEPS
     assert all(len(set(texts[:4])) > 1 for texts in first)  # the samples of one prompt differ
@@ -174,14 +179,23 @@ class Script:
     """A sampler that answers by rule: sample g of any prompt is `texts[g](problem, call)`."""
 
     def __init__(self, *texts):
-        self.texts, self.template, self.calls = texts, WORDS.template, []
+        self.texts, self.calls = texts, []
 
-    def __call__(self, state, problems, noise, temperatures):
+    def __call__(self, state, ids, noise, temperatures):
         assert len(temperatures) == len(self.texts)
-        self.calls.append((len(problems), noise))
-        repeated = [p for p in problems for _ in temperatures]
+        self.calls.append((len(ids), noise))
+        problems = [KNOWN[tuple(row)] for row in ids]
         texts = [text(p, len(self.calls)) for p in problems for text in self.texts]
-        return Completions(None, repeated, texts, np.array([len(t.split()) for t in texts]))
+        return Completions(None, texts, np.array([len(t.split()) for t in texts]))
+
+
+# What `reject` asks, by prompt: a sampler is given ids alone.
+KNOWN = {
+    tuple(ids): problem
+    for n in (3, 4)
+    for problem in WORDS.problems(n, 5, "train")
+    for ids in WORDS.asked([problem]).ids
+}
 
 
 def reject(tmp_path, script, cfg):

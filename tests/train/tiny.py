@@ -29,8 +29,8 @@ from r1jax.config import (
 )
 from r1jax.data.tokenizer import task_tokenizer
 from r1jax.nn.param import RouterBias
-from r1jax.train.stages import Words, template_of
 from r1jax.train.state import TrainState
+from r1jax.train.words import Words, template_of
 from tests.nn import tiny
 
 # One mixture-of-experts layer, and the MTP module with a router of its own.

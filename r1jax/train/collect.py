@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batch of a step: questions drawn, completions sampled, rewards judged."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from r1jax.config import GRPOConfig, PPOConfig
+from r1jax.rl.advantages import informative_groups
+from r1jax.rl.rollout import Rollout
+from r1jax.train.judge import Judge, Verdict
+from r1jax.train.program import Ahead
+from r1jax.train.questions import Questions
+from r1jax.train.sampler import Sampler
+from r1jax.train.state import TrainState
+
+
+class Collected(NamedTuple):
+    """What an update learns from.
+
+    Attributes:
+        rollout: B = prompts × group_size rows.
+        reward_B: float32.
+        shown: for the metrics, of everything that was sampled.
+        drawn: batches of questions used up so far.
+    """
+
+    rollout: Rollout
+    reward_B: np.ndarray
+    shown: dict[str, float]
+    drawn: int
+
+
+class Collector:
+    """Makes the batch of each step; a pure function of the policy and of what was drawn before."""
+
+    def __init__(
+        self,
+        cfg: GRPOConfig | PPOConfig,
+        sampler: Sampler,
+        questions: Questions,
+        judge: Judge,
+        *,
+        seed: int,
+    ):
+        self.cfg, self.sampler, self.questions, self.judge = cfg, sampler, questions, judge
+        self.seed = seed
+
+    def ahead(self, state: TrainState) -> Ahead:
+        """The traced rollout of one piece."""
+        return self.sampler.ahead(state, self.cfg.prompts // self.cfg.pieces, self.cfg.group_size)
+
+    def shapes(self, piece: Rollout) -> Rollout:
+        """The whole batch's shapes from those of a piece."""
+
+        def whole(x):
+            return jax.ShapeDtypeStruct((x.shape[0] * self.cfg.pieces, *x.shape[1:]), x.dtype)
+
+        return jax.tree.map(whole, piece)
+
+    def batch(self, state: TrainState, step: int, drawn: int) -> Collected:
+        """One batch of questions, as it comes."""
+        cfg = self.cfg
+        asked = self.questions(drawn, cfg.prompts)
+        size, temperatures = cfg.prompts // cfg.pieces, [cfg.temperature] * cfg.group_size
+        parts = [asked.part(i * size, (i + 1) * size) for i in range(cfg.pieces)]
+        # The device is given all pieces at once; the first are judged while it samples the rest.
+        rollouts = [
+            self.sampler.draw(state, part.ids, (self.seed, drawn * cfg.pieces + i), temperatures)
+            for i, part in enumerate(parts)
+        ]
+        waiting = [
+            self.judge(step, part.repeated(cfg.group_size), self.sampler.read(rollout))
+            for part, rollout in zip(parts, rollouts, strict=True)
+        ]
+        verdicts = [wait() for wait in waiting]
+        reward_B = np.concatenate([v.reward_B for v in verdicts])
+        return Collected(joined(rollouts), reward_B, mean_shown(verdicts), drawn + 1)
+
+    def refilled(self, state: TrainState, step: int, drawn: int) -> Collected:
+        """A batch of groups with contrast: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2).
+
+        Further batches are sampled until there are enough such groups, `cfg.refill` of them at
+        most; places left over are filled by groups without, whose advantages are 0.
+        """
+        cfg, size = self.cfg, self.cfg.group_size
+        batches = [self.batch(state, step, drawn)]
+        live = [np.asarray(informative_groups(batches[0].reward_B, group_size=size))]
+        while sum(map(np.sum, live)) < cfg.prompts and len(batches) <= cfg.refill:
+            batches.append(self.batch(state, step, batches[-1].drawn))
+            live.append(np.asarray(informative_groups(batches[-1].reward_B, group_size=size)))
+        live_P = np.concatenate(live)
+        shown = mean_shown([Verdict(b.reward_B, b.shown) for b in batches])
+        shown |= {"batches": float(len(batches)), "live_groups": float(live_P.mean())}
+        # Live groups first, each kind in the order it was sampled.
+        chosen_P = np.argsort(~live_P, kind="stable")[: cfg.prompts]
+        if len(batches) == 1:
+            return batches[0]._replace(shown=shown)
+        rows_B = (chosen_P[:, None] * size + np.arange(size)).reshape(-1)
+        rollout = taken(joined([b.rollout for b in batches]), chosen_P, rows_B)
+        reward_B = np.concatenate([b.reward_B for b in batches])[rows_B]
+        return Collected(rollout, reward_B, shown, batches[-1].drawn)
+
+
+def joined(rollouts: Sequence[Rollout]) -> Rollout:
+    """Rollouts one below the other; one alone stays where it is."""
+    if len(rollouts) == 1:
+        return rollouts[0]
+    return jax.tree.map(lambda *x: np.concatenate([np.asarray(a) for a in x]), *rollouts)
+
+
+def taken(rollout: Rollout, prompt_P: np.ndarray, row_B: np.ndarray) -> Rollout:
+    """Some prompts of a rollout with their rows."""
+    prompts = {"prompt_PS", "prompt_valid_PS"}
+    fields = rollout._asdict().items()
+    return Rollout(*(np.asarray(x)[prompt_P if name in prompts else row_B] for name, x in fields))
+
+
+def mean_shown(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Means of what was shown of batches of one size."""
+    return {k: float(np.mean([v.shown[k] for v in verdicts])) for k in verdicts[0].shown}

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From completions to the rewards of a step: the rules of a config, judged while the device works.
+
+A judge is asked twice: first with the completions, when workers begin; then its answer is called,
+which waits for them.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from r1jax.config import RewardConfig
+from r1jax.data.template import Template, parse
+from r1jax.eval.score import REFLECTION_WORDS
+from r1jax.rl.advantages import overlong_penalty
+from r1jax.rl.rewards import (
+    Sandbox,
+    WorkerPool,
+    accuracy,
+    combine,
+    format_reward,
+    language_reward,
+    repetition_penalty,
+    submit_code,
+    submit_math,
+)
+from r1jax.train.questions import Asked
+from r1jax.train.sampler import Completions
+
+WORD = re.compile(r"[a-z]+")
+
+
+class Verdict(NamedTuple):
+    """Rewards [B] float32, and what the metrics tell of the completions beside them."""
+
+    reward_B: np.ndarray
+    shown: dict[str, float]
+
+
+class Judge(Protocol):
+    """What a stage gets its rewards from."""
+
+    def __call__(self, step: int, asked: Asked, done: Completions) -> Callable[[], Verdict]:
+        """Begins to judge B completions of B questions; the function returned waits."""
+
+
+Verify = Callable[[Sequence[Any], Sequence[str]], Callable[[], np.ndarray]]
+"""(answers, completions) -> a function that waits and returns 1 where right, else 0."""
+
+
+def by_task(template: Template) -> Verify:
+    """Each answer is a task's problem, which knows what solves it."""
+
+    def verify(answers, texts):
+        right_B = accuracy(answers, texts, template)
+        return lambda: right_B
+
+    return verify
+
+
+def by_math(pool: WorkerPool, template: Template | None) -> Verify:
+    """Answers are compared as mathematics."""
+    return lambda answers, texts: submit_math(texts, answers, pool=pool, template=template).collect
+
+
+def by_tests(sandbox: Sandbox, template: Template | None) -> Verify:
+    """Answers are unit tests."""
+    return lambda answers, texts: (
+        submit_code(texts, answers, sandbox=sandbox, template=template).result
+    )
+
+
+class Rules:
+    """The weighted sum of a config's rewards."""
+
+    def __init__(
+        self,
+        cfg: RewardConfig,
+        template: Template,
+        verify: Verify,
+        *,
+        max_length: int,
+        score: Callable[[Completions], np.ndarray] | None = None,
+    ):
+        """Args: weights; the tags of completions; the verifier; the length limit in tokens, for
+        `overlong`; a reward model, for `model`."""
+        self.cfg, self.template, self.verify = cfg, template, verify
+        self.max_length, self.score = max_length, score
+
+    def __call__(self, step: int, asked: Asked, done: Completions) -> Callable[[], Verdict]:
+        """See `Judge`. Answers are needed only where accuracy has a weight."""
+        pending = self.verify(asked.answers, done.texts) if self.cfg.accuracy else None
+        found = self._rules(step, asked, done)
+
+        def verdict() -> Verdict:
+            parts = {} if pending is None else {"accuracy": pending()}
+            parts |= found
+            weights = [getattr(self.cfg, name) for name in parts]
+            shown = {name: float(x_B.mean()) for name, x_B in parts.items()}
+            return Verdict(combine(weights, *parts.values()), shown | self._seen(done))
+
+        return verdict
+
+    def _rules(self, step: int, asked: Asked, done: Completions) -> dict[str, np.ndarray]:
+        """The rewards that nobody has to wait for."""
+        cfg, template = self.cfg, self.template
+        given = asked.prompts, done.texts, asked.answers
+        found = {"format": format_reward(done.texts, template)}
+        if cfg.language:
+            found["language"] = language_reward(
+                *given, language=cfg.target_language, template=template
+            )
+        if cfg.overlong:
+            buffer = min(cfg.overlong_buffer, self.max_length)
+            found["overlong"] = np.asarray(
+                overlong_penalty(done.tokens_B, max_length=self.max_length, buffer=buffer)
+            )
+        if cfg.repetition:
+            found["repetition"] = repetition_penalty(*given)
+        if cfg.model and step >= cfg.model_from:
+            found["model"] = self.score(done)
+        return found
+
+    def _seen(self, done: Completions) -> dict[str, float]:
+        words = [WORD.findall(parse(t, self.template).reasoning.lower()) for t in done.texts]
+        reflects = [not REFLECTION_WORDS.isdisjoint(w) for w in words]
+        return {"mean_tokens": float(done.tokens_B.mean()), "reflection": float(np.mean(reflects))}
