@@ -118,27 +118,22 @@ def grpo_step(
         state, ref_params, batch, temperature, pieces=cfg.minibatches * cfg.micro_batches, old=old
     )
     batch["advantage"] = objective.advantages(reward_B, batch, group_size)
-    shape = (cfg.minibatches, cfg.micro_batches)
-    batch = jax.tree.map(lambda x: interleave(x, *shape), batch)
+    cap = cfg.importance_cap
 
     def one_update(state, minibatch):
-        weight = objective.weights(minibatch["mask"].reshape(-1, minibatch["mask"].shape[-1]))
-        minibatch = minibatch | {"weight": weight.reshape(minibatch["mask"].shape)}
+        minibatch = weighed(minibatch, objective.weights)
 
         def loss_fn(params, micro):
+            model = state.model(params)
             return micro_batch_loss(
-                state.model(params), micro, objective,
-                temperature=temperature, importance_cap=cfg.importance_cap,
-            )  # fmt: skip
+                model, micro, objective, temperature=temperature, importance_cap=cap
+            )
 
         grads, sums = accumulate(loss_fn, state.params, minibatch)
         state, report = update(state, grads, sums["load"], controls, optimizer)
         return state, sums | report
 
-    def one_epoch(state, _):
-        return jax.lax.scan(one_update, state, batch)
-
-    state, sums = jax.lax.scan(one_epoch, state, None, length=cfg.epochs)
+    state, sums = in_updates(one_update, state, batch, cfg)
     live_P = informative_groups(reward_B, group_size=group_size)
     return state, report_of(sums) | {
         "reward": jnp.mean(reward_B, where=jnp.isfinite(reward_B)),
@@ -185,6 +180,31 @@ def by_piece(fn, batch: dict[str, jax.Array], pieces: int) -> jax.Array:
     return jax.lax.map(
         fn, jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
     )
+
+
+def in_updates(one_update, carry, batch: dict[str, jax.Array], cfg):
+    """Scans `one_update(carry, minibatch) -> (carry, metrics)` over minibatches, epoch by epoch.
+
+    Args:
+        batch: [B, ...] arrays; minibatches are [micro_batches, B', ...].
+        cfg: has minibatches, epochs and micro_batches.
+
+    Returns:
+        (carry, metrics [epochs, minibatches, ...]).
+    """
+    shape = (cfg.minibatches, cfg.micro_batches)
+    batch = jax.tree.map(lambda x: interleave(x, *shape), batch)
+
+    def one_epoch(carry, _):
+        return jax.lax.scan(one_update, carry, batch)
+
+    return jax.lax.scan(one_epoch, carry, None, length=cfg.epochs)
+
+
+def weighed(minibatch: dict[str, jax.Array], weights) -> dict[str, jax.Array]:
+    """The minibatch with the reduction of all its rows as weights, for its micro-batches."""
+    mask = minibatch["mask"]
+    return minibatch | {"weight": weights(mask.reshape(-1, mask.shape[-1])).reshape(mask.shape)}
 
 
 def interleave(x: jax.Array, minibatches: int, micro_batches: int) -> jax.Array:
