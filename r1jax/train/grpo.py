@@ -86,13 +86,10 @@ def grpo_step(
 ) -> tuple[TrainState, Metrics]:
     """Advantages, clipped ratio, KL, gradient, clip, AdamW, router bias and metrics of one batch.
 
-    GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3), or another objective of `train.objective`.
-
-    The B rows are split into `cfg.minibatches` updates, gone over `cfg.epochs` times; every update
-    is summed over `cfg.micro_batches` with whole-minibatch weights. The old log-probabilities are
-    the trainer's own from before the first update: the sampler's differ by another program's
-    rounding, in bfloat16 by more than the clip range; `sampler_error` tells how far. Groups stay
-    whole in advantages; minibatches interleave rows so that each sees all prompts.
+    GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3), or another objective of `train.objective`. The old
+    log-probabilities are the trainer's own from before the first update: the sampler's differ by
+    another program's rounding, in bfloat16 by more than the clip range; `sampler_error` tells how
+    far. Groups stay whole in advantages; minibatches interleave rows, so each sees all prompts.
 
     Args:
         state: donated by the caller.
@@ -104,9 +101,7 @@ def grpo_step(
         temperature: of the sampler.
 
     Returns:
-        (state, metrics): loss, kl, ratio, ratio_error, clip_fraction, entropy (nats a token),
-        sampler_error (root mean square difference of log-probabilities), grad_norm, skipped,
-        reward, dead_groups (share of groups without a signal), load [L, E].
+        (state, metrics): those of `report_of`, reward, dead_groups (share without a signal).
     """
     group_size = rollout.tokens_BT.shape[0] // rollout.prompt_PS.shape[0]
     objective = objective_of(cfg)
@@ -214,7 +209,11 @@ def interleave(x: jax.Array, minibatches: int, micro_batches: int) -> jax.Array:
 
 
 def report_of(sums: Metrics) -> Metrics:
-    """Metrics of all updates [epochs, minibatches, ...] as one set of means."""
+    """Metrics of all updates [epochs, minibatches, ...] as one set.
+
+    loss, kl, ratio, ratio_error, clip_fraction, entropy (nats a token), sampler_error (root mean
+    square difference of log-probabilities), grad_norm, skipped, load [L, E].
+    """
     tokens = jnp.maximum(sums["tokens"].sum(), 1.0)
     per_token = {
         name: sums[name].sum() / tokens for name in ("kl", "ratio", "entropy") if name in sums
