@@ -104,14 +104,10 @@ def grpo_step(
         (state, metrics): those of `report_of`, reward, dead_groups (share without a signal).
     """
     group_size = rollout.tokens_BT.shape[0] // rollout.prompt_PS.shape[0]
-    objective = objective_of(cfg)
-    batch = rows_to_train(rollout)
-    if cfg.importance_cap is not None:
-        batch["behaviour_logp"] = rollout.behaviour_logp_BT
+    objective, batch = objective_of(cfg), rows_to_train(rollout)
     old = cfg.minibatches * cfg.epochs > 1 or (objective.kl_in_reward and cfg.beta > 0)
-    batch |= still_logp(
-        state, ref_params, batch, temperature, pieces=cfg.minibatches * cfg.micro_batches, old=old
-    )
+    pieces = cfg.minibatches * cfg.micro_batches
+    batch |= still_logp(state, ref_params, batch, temperature, pieces=pieces, old=old)
     batch["advantage"] = objective.advantages(reward_B, batch, group_size)
     cap = cfg.importance_cap
 
@@ -146,6 +142,7 @@ def rows_to_train(rollout: Rollout) -> dict[str, jax.Array]:
         "completion": rollout.tokens_BT,
         "mask": rollout.mask_BT,
         "sampler_logp": rollout.logp_BT,
+        "behaviour_logp": rollout.behaviour_logp_BT,
     }
 
 
