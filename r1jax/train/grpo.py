@@ -20,24 +20,38 @@ from r1jax.train.state import Controls, TrainState, accumulate, update
 Metrics = dict[str, jax.Array]
 
 
+def completion_hidden(model, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Final hidden states that predict the completion's tokens, and the expert loads of the pass.
+
+    Args:
+        rows: tokens, positions, segments [B, S + T]; completion [B, T].
+
+    Returns:
+        (hidden [B, T, D], load [L, E]).
+    """
+    out = model(rows["tokens"], rows["positions"], rows["segments"])
+    length = rows["completion"].shape[1]
+    return out.hidden_BTD[:, -length - 1 : -1], out.stats.load  # t is predicted one place before it
+
+
 def completion_logp(model, rows: dict[str, jax.Array], temperature: jax.Array | float):
     """Log-probabilities and entropies of completion tokens, and the expert loads of the pass.
 
     Args:
-        rows: tokens, positions, segments [B, S + T]; completion [B, T].
+        rows: as in `completion_hidden`.
         temperature: the sampler's; 0 (greedy) is scored at 1.
 
     Returns:
         (logp_BT, entropy_BT, load_LE), float32, in nats and tokens.
     """
-    out = model(rows["tokens"], rows["positions"], rows["segments"])
-    length = rows["completion"].shape[1]
-    hidden_BTD = out.hidden_BTD[:, -length - 1 : -1]  # token t is predicted one place before it
+    hidden_BTD, load_LE = completion_hidden(model, rows)
+    return *logp_of(model, hidden_BTD, rows, temperature), load_LE
+
+
+def logp_of(model, hidden_BTD: jax.Array, rows: dict[str, jax.Array], temperature):
+    """(logp_BT, entropy_BT) of completion tokens from the hidden states that predict them."""
     temperature = jnp.where(temperature > 0, temperature, 1.0)
-    logp_BT, entropy_BT = token_logp(
-        hidden_BTD, model.head_DN(), rows["completion"], temperature=temperature
-    )
-    return logp_BT, entropy_BT, out.stats.load
+    return token_logp(hidden_BTD, model.head_DN(), rows["completion"], temperature=temperature)
 
 
 def micro_batch_loss(
@@ -63,14 +77,17 @@ def micro_batch_loss(
     loss, sums = objective.loss(
         logp_BT, old_BT, micro.get("ref_logp"), advantage, mask_BT, weight_BT=micro["weight"]
     )
-    masked = lambda x_BT: jnp.where(mask_BT > 0, x_BT, 0.0).sum()  # noqa: E731
-    sums |= {
-        "loss": loss,
+    sums |= {"loss": loss, "load": load_LE} | sampling_sums(micro, old_BT, entropy_BT)
+    return loss, sums
+
+
+def sampling_sums(micro: dict[str, jax.Array], old_BT, entropy_BT) -> Metrics:
+    """Sums over completion tokens of the entropy and of the sampler's squared error."""
+    masked = lambda x_BT: jnp.where(micro["mask"] > 0, x_BT, 0.0).sum()  # noqa: E731
+    return {
         "entropy": masked(entropy_BT),
         "sampler_square_error": masked((old_BT - micro["sampler_logp"]) ** 2),
-        "load": load_LE,
     }
-    return loss, sums
 
 
 def grpo_step(
