@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from r1jax.cli import models
+from r1jax.cli import models, rejection
 from r1jax.train.failure import StageFailed
 
 # Programs and JAX are imported where they are called: `--help` and a wrong flag answer at once.
@@ -32,6 +32,8 @@ problems after each.
 verbs:
   quickstart  the whole recipe on a laptop, in minutes
   train       the recipe of a config file
+  rejection-sample
+              a model's right answers as training data
   generate    an answer of a model, streaming
   chat        a conversation with a model
   info        how large a model is
@@ -133,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs, "quickstart", _QUICKSTART)
     train = _add_run(verbs, "train", _TRAIN)
     train.add_argument("--config", required=True, metavar="FILE", help="the config file, a path")
+    rejection.add_verb(functools.partial(_add_verb, verbs))
     models.add_verbs(functools.partial(_add_verb, verbs))
     return parser
 
@@ -178,6 +181,9 @@ def _run(args: argparse.Namespace) -> int:
         from r1jax.eval.summary import versions
 
         print("  ".join(f"{name} {version}" for name, version in versions().items()))
+        return DONE
+    if args.verb == rejection.VERB:
+        rejection.run(args, models.opened)
         return DONE
     if args.verb in models.VERBS:
         models.run(args)

@@ -136,7 +136,8 @@ class _Reading:
             print(file=sys.stderr)
 
 
-def _open(args: argparse.Namespace) -> Any:
+def opened(args: argparse.Namespace) -> Any:
+    """The model that `args.source` names."""
     from r1jax.io.model import open_model
     from r1jax.train.trained import is_run, open_run
 
@@ -158,7 +159,7 @@ def _import(args: argparse.Namespace) -> None:
     free(args.out)
     args.source = fetched(args.source)
     began = time.monotonic()
-    model = _open(args)
+    model = opened(args)
     save_model(args.out, model)
     _say(f"{args.out}: written in {time.monotonic() - began:.1f} s")
     _print_info(model.cfg, model.module)
@@ -170,7 +171,7 @@ def _export(args: argparse.Namespace) -> None:
 
     free(args.out)
     began = time.monotonic()
-    total = export_model(args.out, _open(args), dtype=args.dtype)
+    total = export_model(args.out, opened(args), dtype=args.dtype)
     _say(f"{args.out}: {total / 1e9:.2f} GB written in {time.monotonic() - began:.1f} s")
 
 
@@ -187,7 +188,7 @@ def _info(args: argparse.Namespace) -> None:
         _print_info(model.cfg, model.module, as_json=args.json)
         return
     args.dtype = "stored"
-    model = _open(args)
+    model = opened(args)
     _print_info(model.cfg, model.module, as_json=args.json)
 
 
@@ -264,7 +265,7 @@ def _write(text: str) -> None:
 
 
 def _with_tokenizer(args: argparse.Namespace) -> Any:
-    model = _open(args)
+    model = opened(args)
     if model.tokenizer is None:
         raise ValueError(f"{args.source}: has no tokenizer.json, so it cannot read a prompt")
     return model

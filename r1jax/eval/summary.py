@@ -6,7 +6,6 @@
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -78,11 +77,7 @@ def read_summary(out_dir: str | Path) -> dict[str, Any]:
     Raises:
       ValueError: the file is damaged.
     """
-    path = Path(out_dir) / outdir.SUMMARY
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); --force starts anew") from error
+    return outdir.read_json(Path(out_dir) / outdir.SUMMARY)
 
 
 def _version(package: str) -> str:

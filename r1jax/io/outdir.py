@@ -6,6 +6,11 @@
     summary.json    written last: the run is finished
     report.html     curves.png
 
+and of rejection sampling:
+
+    samples/  traces.jsonl
+    statistics.json  written last
+
 The same command resumes; another config, or a folder that is not ours, is refused; nothing is
 overwritten unless asked, and then only these names are deleted.
 """
@@ -21,6 +26,7 @@ from r1jax.io.same_config import check_config
 
 MARKER = "run.json"
 SUMMARY = "summary.json"
+SAMPLES, TRACES, STATISTICS = "samples", "traces.jsonl", "statistics.json"
 # All that a run leaves in its folder, and all that `force` deletes.
 ARTEFACTS = (
     MARKER,
@@ -29,7 +35,9 @@ ARTEFACTS = (
     "samples.json",
     "checkpoints",
     "traces",
-    "traces",
+    SAMPLES,
+    TRACES,
+    STATISTICS,
     "report.html",
     "curves.png",
     "tokenizer.json",
@@ -62,7 +70,7 @@ def inspect(out: str | Path, config: Mapping[str, Any]) -> State:
     if marker.get("clearing"):
         return "new"
     check_config(marker["config"], config, where=f"out={str(out)!r}")
-    return "finished" if SUMMARY in names else "resume"
+    return "finished" if names & {SUMMARY, STATISTICS} else "resume"
 
 
 def claim(out: str | Path, config: Mapping[str, Any], *, force: bool = False) -> State:
@@ -107,6 +115,17 @@ def write_json(path: str | Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object that a run left; ValueError where the file is damaged."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); --force starts anew") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: no JSON object; --force starts anew")
+    return value
 
 
 def _names(out: Path) -> set[str]:

@@ -27,6 +27,12 @@ def is_run(path: Path) -> bool:
     return (path / MARKER).is_file() or (path.parent / MARKER).is_file() and not path.exists()
 
 
+def recipe_of(path: Path) -> RecipeConfig:
+    """The recipe of RUN or RUN/STAGE; ValueError if it is a run of another kind."""
+    run = path if (path / MARKER).is_file() else path.parent
+    return from_config_dict(RecipeConfig, json.loads((run / MARKER).read_text("utf-8"))["config"])
+
+
 def open_run(path: Path) -> Model:
     """The model that a stage left.
 
@@ -42,8 +48,7 @@ def open_run(path: Path) -> Model:
     step = checkpoint.latest(folder)
     if step is None:
         raise ValueError(f"{run} has no stage {stage!r}; it has {', '.join(found) or 'none yet'}")
-    raw = json.loads((run / MARKER).read_text(encoding="utf-8"))["config"]
-    recipe = from_config_dict(RecipeConfig, raw)
+    recipe = recipe_of(path)
     students = {"qwen2": recipe.students.qwen2, "llama": recipe.students.llama}
     cfg = students.get(stage.partition("_")[2], recipe.model)
     empty = blank(cfg)
