@@ -202,7 +202,7 @@ def _run(args: argparse.Namespace) -> int:
     overrides.apply(tree, args.overrides)
     if args.seed is not None:
         overrides.apply(tree, [("seed", str(args.seed))])
-    config = schema.from_config_dict(schema.RecipeConfig, tree)
+    config = schema.from_config_dict(_schema_of(tree), tree)
     as_dict = schema.to_config_dict(config).to_dict()
     if not args.force and outdir.inspect(out, as_dict) == "finished":
         summary = read_summary(out)
@@ -213,15 +213,29 @@ def _run(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _schema_of(tree: Any) -> type:
+    """What a config file describes: the recipe, or the trainer that its field `trainer` names."""
+    from r1jax.config import RUNS, RecipeConfig
+
+    if "trainer" not in tree:
+        return RecipeConfig
+    if tree.trainer not in RUNS:
+        raise ValueError(f"trainer must be one of {', '.join(RUNS)}, got {tree.trainer!r}")
+    return RUNS[tree.trainer]
+
+
 def _train(config: Any, out: Path, *, force: bool) -> dict[str, Any]:
+    from r1jax import config as schema
     from r1jax.cli import display as displays
-    from r1jax.train import recipe
+    from r1jax.train.recipe import run
+    from r1jax.train.runs import run_trainer
 
     display = displays.open_display(sys.stderr)
     log, handler = logging.getLogger("r1jax"), displays.LogToDisplay(display)
     log.addHandler(handler)
     try:
-        return recipe.run(config, out, display=display, force=force)
+        program = run if isinstance(config, schema.RecipeConfig) else run_trainer
+        return program(config, out, display=display, force=force)
     finally:
         log.removeHandler(handler)
         display.close()

@@ -8,6 +8,21 @@ sub-config and an op is given scalars.
 from r1jax.config.model import DenseConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from r1jax.config.presets import laptop_model, laptop_student, quickstart
 from r1jax.config.recipe import EvalConfig, RecipeConfig, RejectionConfig, StudentsConfig
+from r1jax.config.runs import (
+    QUESTION_SETS,
+    REWARD_LOSSES,
+    RUNS,
+    AnswerData,
+    DPORun,
+    GRPORun,
+    MeasureConfig,
+    PPORun,
+    QuestionData,
+    RewardModelRun,
+    RunConfig,
+    SFTRun,
+    StartConfig,
+)
 from r1jax.config.tasks import LARGEST_INTEGER, Difficulty, TaskConfig, TraceMix
 from r1jax.config.training import (
     OBJECTIVES,
@@ -24,6 +39,19 @@ from r1jax.config.training import (
 from r1jax.config.tree import from_config_dict, to_config_dict
 
 __all__ = [
+    "QUESTION_SETS",
+    "REWARD_LOSSES",
+    "RUNS",
+    "AnswerData",
+    "DPORun",
+    "GRPORun",
+    "MeasureConfig",
+    "PPORun",
+    "QuestionData",
+    "RewardModelRun",
+    "RunConfig",
+    "SFTRun",
+    "StartConfig",
     "LARGEST_INTEGER",
     "OBJECTIVES",
     "DenseConfig",

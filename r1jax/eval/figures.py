@@ -93,7 +93,7 @@ def rl_curves(metrics: Rows) -> str:
         figure = Figure(figsize=(9.6, height))
         axes = figure.subplots(math.ceil(len(panels) / 3), 3, squeeze=False).flat
         for axis, (keys, title) in zip(axes, panels, strict=False):
-            _draw_curves(axis, rows, keys, title, colours)
+            draw_panel(axis, rows, keys, title, colours)
         for axis in list(axes)[len(panels) :]:
             axis.set_axis_off()
         return figure
@@ -117,7 +117,7 @@ def losses(metrics: Rows) -> str:
         figure = Figure(figsize=(9.6, 2.2 * down))
         axes = list(figure.subplots(down, across, squeeze=False).flat)
         for axis, (stage, rows) in zip(axes, found.items(), strict=False):
-            _draw_curves(axis, rows, ("loss",), _label(stage), colours)
+            draw_panel(axis, rows, ("loss",), _label(stage), colours)
         for axis in axes[len(found) :]:
             axis.set_axis_off()
         return figure
@@ -157,13 +157,13 @@ def picture(path: str | Path, summary: Mapping[str, Any], metrics: Rows) -> None
     measured = [s for s in summary.get("stages", []) if _number(s.get("pass_at_1"))]
     rows = rl_rows(metrics)
     panels = [(keys, title) for keys, title in _PANELS if title in _IN_PICTURE]
-    with matplotlib.rc_context(_style(LIGHT)):
+    with matplotlib.rc_context(style(LIGHT)):
         figure = Figure(figsize=(13.0, 3.1))
         axes = figure.subplots(1, 1 + len(panels), width_ratios=[1.35] + [1.0] * len(panels))
         _draw_bars(axes[0], measured, LIGHT)
         axes[0].set_title("Held-out pass@1, %")
         for axis, (keys, title) in zip(axes[1:], panels, strict=True):
-            _draw_curves(axis, rows, keys, title, LIGHT)
+            draw_panel(axis, rows, keys, title, LIGHT)
         figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
 
 
@@ -219,7 +219,7 @@ def _draw_bars(axis: Axes, stages: Rows, colours: Palette) -> None:
     axis.spines["bottom"].set_visible(False)
 
 
-def _draw_curves(axis: Axes, rows: Rows, keys: Iterable[str], title: str, colours: Palette) -> None:
+def draw_panel(axis: Axes, rows: Rows, keys: Iterable[str], title: str, colours: Palette) -> None:
     """Each key as recorded, faint, and smoothed within each stage; a line where a stage begins."""
     axis.set_title(title)
     axis.set_xlabel("step")
@@ -301,7 +301,8 @@ def _draw_load(axis: Axes, relative_ET: np.ndarray, stages: list[str], colours: 
     return image
 
 
-def _style(colours: Palette) -> dict[str, Any]:
+def style(colours: Palette) -> dict[str, Any]:
+    """matplotlib's settings for a palette."""
     roles = {
         "text.color": colours.ink,
         "axes.titlecolor": colours.ink,
@@ -318,7 +319,7 @@ def _svg(draw: Any, name: str) -> str:
     """An <svg> element whose colours are variables of the page, `--ink` and the other roles."""
     out = io.StringIO()
     # The salt keeps the ids of several pictures on one page apart, and the file reproducible.
-    with matplotlib.rc_context(_style(_ROLES) | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(style(_ROLES) | {"svg.hashsalt": name}):
         draw(_ROLES).savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)

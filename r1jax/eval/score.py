@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured of completions: right, well formed, how long, reflecting, self-correcting."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +15,14 @@ REFLECTION_WORDS = frozenset(
     ("wait", "mistake", "however", "but", "retry", "error", "verify", "wrong", "evaluate", "check")
 )
 """The words that the R1 paper counts as reflection (arXiv 2501.12948, supplementary analysis)."""
+
+
+_WORD = re.compile(r"[a-z]+")
+
+
+def reflects(reasoning: str) -> bool:
+    """Whether a chain of thought holds a reflection word."""
+    return not REFLECTION_WORDS.isdisjoint(_WORD.findall(reasoning.lower()))
 
 
 class Scores(NamedTuple):
@@ -52,7 +61,7 @@ def score(
         np.array([TASKS[p.task].verify(p, read.answer) for p, read in pairs], bool),
         np.array([read.well_formed for read in parsed], bool),
         np.asarray(tokens_B),
-        np.array([not REFLECTION_WORDS.isdisjoint(r.reasoning.split()) for r in parsed], bool),
+        np.array([reflects(r.reasoning) for r in parsed], bool),
         np.array([bool(t) and t[0] for t in tries], bool),
         np.array([bool(t) and not t[0] for t in tries], bool),
         tuple(" ".join(read.answer.split()) for read in parsed),

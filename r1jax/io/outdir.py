@@ -34,6 +34,7 @@ ARTEFACTS = (
     "metrics.jsonl",
     "samples.json",
     "checkpoints",
+    "model",
     "traces",
     SAMPLES,
     TRACES,

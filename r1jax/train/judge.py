@@ -5,7 +5,6 @@ A judge is asked twice: first with the completions, when workers begin; then its
 which waits for them.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from r1jax.config import RewardConfig
 from r1jax.data.template import Template, parse
-from r1jax.eval.score import REFLECTION_WORDS
+from r1jax.eval.score import reflects
 from r1jax.rl.advantages import overlong_penalty
 from r1jax.rl.rewards import (
     Sandbox,
@@ -28,8 +27,6 @@ from r1jax.rl.rewards import (
 )
 from r1jax.train.questions import Asked
 from r1jax.train.sampler import Completions
-
-WORD = re.compile(r"[a-z]+")
 
 
 class Verdict(NamedTuple):
@@ -78,14 +75,14 @@ class Rules:
     def __init__(
         self,
         cfg: RewardConfig,
-        template: Template,
+        template: Template | None,
         verify: Verify,
         *,
         max_length: int,
         score: Callable[[Completions], np.ndarray] | None = None,
     ):
-        """Args: weights; the tags of completions; the verifier; the length limit in tokens, for
-        `overlong`; a reward model, for `model`."""
+        """Args: weights; the tags of completions, None for text without; the verifier; the length
+        limit in tokens, for `overlong`; a reward model, for `model`."""
         self.cfg, self.template, self.verify = cfg, template, verify
         self.max_length, self.score = max_length, score
 
@@ -107,7 +104,7 @@ class Rules:
         """The rewards that nobody has to wait for."""
         cfg, template = self.cfg, self.template
         given = asked.prompts, done.texts, asked.answers
-        found = {"format": format_reward(done.texts, template)}
+        found = {} if template is None else {"format": format_reward(done.texts, template)}
         if cfg.language:
             found["language"] = language_reward(
                 *given, language=cfg.target_language, template=template
@@ -124,6 +121,18 @@ class Rules:
         return found
 
     def _seen(self, done: Completions) -> dict[str, float]:
-        words = [WORD.findall(parse(t, self.template).reasoning.lower()) for t in done.texts]
-        reflects = [not REFLECTION_WORDS.isdisjoint(w) for w in words]
-        return {"mean_tokens": float(done.tokens_B.mean()), "reflection": float(np.mean(reflects))}
+        reflecting = [reflects(self.reasoning(text)) for text in done.texts]
+        return {
+            "mean_tokens": float(done.tokens_B.mean()),
+            "reflection": float(np.mean(reflecting)),
+        }
+
+    def reasoning(self, text: str) -> str:
+        """The chain of thought of a completion; all of it where there are no tags."""
+        return text if self.template is None else parse(text, self.template).reasoning
+
+    def well_formed(self, texts: Sequence[str]) -> np.ndarray:
+        """1 for each text that follows the template [B]; text without tags always does."""
+        if self.template is None:
+            return np.ones(len(texts), np.float32)
+        return format_reward(texts, self.template)

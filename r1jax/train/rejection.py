@@ -18,18 +18,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from r1jax.config import SamplingConfig
 from r1jax.data.datasets import Message
 from r1jax.io import jsonl, outdir
 from r1jax.io.model import Model
-from r1jax.nn.param import RouterBias
 from r1jax.rl.rejection import NGrams
 from r1jax.train.judge import Verify
 from r1jax.train.progress import Progress
-from r1jax.train.sampler import Completions, Ending, Sampler
+from r1jax.train.sampler import Completions, Sampler
 from r1jax.train.selection import Choice, choose
+from r1jax.train.start import ending_of, state_of
 from r1jax.train.state import TrainState
 
 SHORTEST = 16  # a bucket of prompt lengths
@@ -164,30 +163,6 @@ def plan(lengths: Sequence[int], drawing: Drawing) -> list[Batch]:
                 count = min(group, drawing.samples - first)
                 batches.append(Batch(len(batches), bucket, size, some, first, count))
     return batches
-
-
-def state_of(module: nnx.Module) -> TrainState:
-    """A model's weights as a state that samples."""
-    graphdef, params, router = nnx.split(module, nnx.Param, RouterBias)
-    return TrainState(jnp.int32(0), params, router, (), graphdef)
-
-
-def ending_of(model: Model) -> Ending:
-    """Where completions of a model end; the text is without that token.
-
-    Raises:
-        ValueError: the model has no tokenizer, or one that names no end.
-    """
-    words = model.tokenizer
-    if words is None or not words.eos_ids:
-        raise ValueError("the model's tokenizer names no eos_token: no completion would ever end")
-    ends = set(words.eos_ids)
-
-    def decode(ids: Sequence[int]) -> str:
-        return words.decode(ids[:-1] if ids and ids[-1] in ends else ids)
-
-    pad = words.eos_ids[0] if words.pad_id is None else words.pad_id
-    return Ending(words.eos_ids, pad, decode)
 
 
 @jax.jit

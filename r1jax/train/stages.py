@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of the recipe as functions of a state: supervised, GRPO, rejection sampling."""
+"""Stages as functions of a state: supervised, GRPO, PPO, pairs of answers, rejection sampling."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,12 @@ import numpy as np
 
 from r1jax import optim
 from r1jax.config import (
+    REWARD_LOSSES,
     DenseConfig,
     GRPOConfig,
     ModelConfig,
+    PairsConfig,
+    PPOConfig,
     RejectionConfig,
     SFTConfig,
 )
@@ -20,9 +23,12 @@ from r1jax.data.packing import Packed, example, pack
 from r1jax.data.template import prompt
 from r1jax.eval.score import score
 from r1jax.rl.rollout import Rollout
+from r1jax.train.answers import Answers
 from r1jax.train.collect import Collector
 from r1jax.train.grpo import compile_grpo
 from r1jax.train.loop import Run, run_stage
+from r1jax.train.pairs import compile_dpo, compile_reward_model
+from r1jax.train.ppo import ActorCritic, compile_ppo, compile_shared_ppo, policy_of
 from r1jax.train.program import Ahead
 from r1jax.train.sampler import Sampler
 from r1jax.train.state import Controls, TrainState, restart
@@ -128,6 +134,97 @@ def _compiling(step_jit, carry, rollouts: Rollout, controls: Controls, temperatu
     rewards_B = rollouts.ended_B.update(dtype=np.float32)
     args = carry["state"], carry["reference"], rollouts, rewards_B, controls
     return Ahead(step_jit, *args, temperature=temperature).start()
+
+
+def ppo(
+    run: Run,
+    stage: str,
+    state: TrainState,
+    critic: TrainState | None,
+    cfg: PPOConfig,
+    *,
+    collector: Collector,
+    bias_speed: float,
+) -> tuple[TrainState, float]:
+    """PPO with the reference set to the starting policy: (state of the policy, seconds).
+
+    Args:
+        state: of the policy; with `cfg.critic` "shared" of an `nn.value.Valued` policy.
+        critic: of its own, an `nn.value.Valued`, or None where it is shared.
+    """
+    temperature = np.float32(cfg.temperature)
+    optimizer, value_optimizer = optim.adamw(cfg.optim), optim.adamw(cfg.value_optim)
+    if critic is None:
+        step_jit = compile_shared_ppo(cfg.update, optimizer, cfg.value_weight)
+        models, policy = {"state": restart(state, optimizer)}, policy_of
+    else:
+        step_jit = compile_ppo(cfg.update, optimizer, value_optimizer)
+        models = {"state": restart(state, optimizer), "critic": restart(critic, value_optimizer)}
+        policy = lambda state: state  # noqa: E731
+
+    def controls_at(step):
+        rates = (optim.learning_rate(how, step, cfg.steps) for how in (cfg.optim, cfg.value_optim))
+        found = ActorCritic(*(Controls(np.float32(r), np.float32(bias_speed)) for r in rates))
+        return found.actor if critic is None else found
+
+    def step_fn(step, carry):
+        got = collector.batch(policy(carry["state"]), step, int(carry["drawn"]))
+        now = carry["state"] if critic is None else ActorCritic(carry["state"], carry["critic"])
+        new, metrics = step_jit(
+            now, carry["reference"], got.rollout, got.reward_B, controls_at(step),
+            temperature=temperature,
+        )  # fmt: skip
+        new = {"state": new} if critic is None else {"state": new.actor, "critic": new.critic}
+        reference = renewed(carry["reference"], new["state"].params, step, cfg.reference_every)
+
+        def row():
+            values = {k: v for k, v in metrics.items() if k != "load"}
+            return values | got.shown | load_row(metrics)
+
+        return new | {"reference": reference, "drawn": np.int32(got.drawn)}, row
+
+    reference = copied(state.params) if cfg.update.beta else None
+    carry = models | {"reference": reference, "drawn": np.int32(0)}
+    carry, seconds = run_stage(run, stage, carry, step_fn, steps=cfg.steps)
+    return carry["state"], seconds
+
+
+def pairs(
+    run: Run,
+    stage: str,
+    state: TrainState,
+    rows: Answers,
+    cfg: PairsConfig,
+    *,
+    bias_speed: float,
+    seed: int,
+) -> tuple[TrainState, float]:
+    """DPO and its kin, or a reward model, on answers already given: (state, seconds).
+
+    A policy's reference is the starting policy.
+    """
+    optimizer = optim.adamw(cfg.optim)
+    is_policy = cfg.loss not in REWARD_LOSSES
+    step_jit = (compile_dpo if is_policy else compile_reward_model)(cfg, optimizer)
+
+    def step_fn(step, carry):
+        batch = rows.batch(step, cfg.batch_size, cfg.micro_batches, seed=seed)
+        rate = optim.learning_rate(cfg.optim, step, cfg.steps)
+        controls = Controls(np.float32(rate), np.float32(bias_speed))
+        given = (carry["state"], carry["reference"]) if is_policy else (carry["state"],)
+        new, metrics = step_jit(*given, batch, controls)
+
+        def row():
+            values = {k: v for k, v in metrics.items() if k != "load"}
+            return values | {"lr": controls.learning_rate} | load_row(metrics)
+
+        return carry | {"state": new}, row
+
+    carry = {"state": restart(state, optimizer)}
+    if is_policy:
+        carry["reference"] = copied(state.params)
+    carry, seconds = run_stage(run, stage, carry, step_fn, steps=cfg.steps)
+    return carry["state"], seconds
 
 
 def renewed(reference, params, step: int, every: int):

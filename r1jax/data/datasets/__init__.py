@@ -21,7 +21,7 @@ from r1jax.data.datasets.encode import (
     preference_examples,
 )
 from r1jax.data.datasets.files import read, read_rows
-from r1jax.data.datasets.pipeline import Batches, Shard, packed_batches
+from r1jax.data.datasets.pipeline import Batches, Shard, packed_batches, shuffled
 from r1jax.data.datasets.questions import (
     QUESTIONS,
     cruxeval,
@@ -86,5 +86,6 @@ __all__ = [
     "read",
     "read_indices",
     "read_rows",
+    "shuffled",
     "with_answers",
 ]

@@ -8,6 +8,7 @@ first pipeline is made.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -155,3 +156,19 @@ def _stream(items: Sequence[Any], made_by: State, shard: Shard, collate) -> Any:
     batches = stream.batch(size // shard.count, batch_fn=collate)
     # What is read lies in memory: threads that read ahead would only cost.
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+
+
+def shuffled(n: int, start: int, count: int, *, seed: int) -> list[int]:
+    """Places start … start + count − 1 of the endless stream of epochs over `n` items.
+
+    The stream that `Batches` cuts into batches, as a pure function of the position: a trainer that
+    knows its step needs no state.
+    """
+    return [int(i) for i in _order(n, seed)[start : start + count]]
+
+
+@functools.cache
+def _order(n: int, seed: int):
+    import grain
+
+    return grain.MapDataset.source(range(n)).shuffle(seed=seed % 2**32).repeat()

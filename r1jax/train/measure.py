@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Held-out measurement of a run's policy, and of what DPO and reward models prefer."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from r1jax.config import REWARD_LOSSES, PairsConfig
+from r1jax.eval.score import reflects
+from r1jax.rl.preference import mean_logp, summed_logp
+from r1jax.train.answers import Answers
+from r1jax.train.judge import Rules
+from r1jax.train.pairs import answer_logp, answer_scores
+from r1jax.train.program import program
+from r1jax.train.questions import Asked
+from r1jax.train.sampler import Sampler
+from r1jax.train.state import TrainState
+
+
+def measure(
+    state: TrainState,
+    sampler: Sampler,
+    heldout: Asked,
+    judge: Rules,
+    *,
+    samples: int,
+    temperature: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Figures of held-out questions: pass@1 is the mean over all samples (R1 paper, section 3).
+
+    A batch has as many rows as 8 questions need; the last is filled up with questions again.
+    """
+    size = min(8, len(heldout.ids))
+    right, formed, tokens, greedy, reflecting = [], [], [], [], []
+    for number, begin in enumerate(range(0, len(heldout.ids), size)):
+        part = heldout.part(begin, begin + size)
+        count = len(part.ids)
+        if count < size:
+            part = Asked(*(a + b[: size - count] for a, b in zip(part, heldout, strict=True)))
+        noise = (seed + 1, 2**31 + number)
+        done = sampler(state, part.ids, noise, [temperature] * samples + [0.0])
+        right_B = judge.verify(part.repeated(samples + 1).answers, done.texts)()
+        right_PG = right_B.reshape(size, samples + 1)[:count]
+        right.append(right_PG[:, :-1])
+        greedy.append(right_PG[:, -1])
+        sampled = [b for b in range(count * (samples + 1)) if b % (samples + 1) < samples]
+        texts = [done.texts[b] for b in sampled]
+        tokens.append(done.tokens_B[sampled])
+        formed.append(judge.well_formed(texts))
+        reflecting += [reflects(judge.reasoning(text)) for text in texts]
+    return {
+        "pass_at_1": float(np.concatenate(right).mean()),
+        "greedy": float(np.concatenate(greedy).mean()),
+        "format_rate": float(np.concatenate(formed).mean()),
+        "mean_tokens": float(np.concatenate(tokens).mean()),
+        "reflection_rate": float(np.mean(reflecting)),
+    }
+
+
+def pair_accuracy(state: TrainState, reference, rows: Answers, cfg: PairsConfig) -> float:
+    """Share of held-out answers that are ranked, or labelled, as they should be.
+
+    Args:
+        reference: parameters of the reference policy; None for a reward model.
+    """
+    size = min(cfg.batch_size, len(rows.tokens))
+    total = 0.0
+    compare = _compare(cfg)
+    for begin in range(0, len(rows.tokens), size):
+        places = np.arange(begin, begin + size)
+        real = places < len(rows.tokens)
+        batch = rows.rows(places % len(rows.tokens), real.astype(np.float32))
+        total += float((np.asarray(compare(state, reference, batch)) * real).sum())
+    return total / len(rows.tokens)
+
+
+@functools.cache
+def _compare(cfg: PairsConfig):
+    """(state, reference, batch) -> [B], 1 where right, ½ where undecided."""
+    total = mean_logp if cfg.loss == "ipo" else summed_logp
+
+    def right(state: TrainState, reference, batch) -> jax.Array:
+        if cfg.loss not in REWARD_LOSSES:
+            ours, theirs = (
+                answer_logp(state.model(p), batch, total)[0] for p in (state.params, reference)
+            )
+            margin_B = (ours - theirs)[:, 0] - (ours - theirs)[:, 1]
+        else:
+            score_Bn, _ = answer_scores(state.model(), batch)
+            if cfg.loss == "pairwise":
+                margin_B = score_Bn[:, 0] - score_Bn[:, 1]
+            else:
+                margin_B = score_Bn[:, 0] * (2 * batch["label"] - 1)
+        return 0.5 * (1 + jax.numpy.sign(margin_B))
+
+    return program(right)

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of one trainer: open the model and the data, train, measure, leave a model behind.
+
+run.json  metrics.jsonl  checkpoints/  summary.json  curves.png
+model/    what was trained: `r1jax generate OUT/model`, and the start of the next run
+"""
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from r1jax.config import (
+    DPORun,
+    GRPORun,
+    PPORun,
+    RewardModelRun,
+    RunConfig,
+    SFTRun,
+    to_config_dict,
+)
+from r1jax.data.datasets import (
+    conversation_examples,
+    conversations,
+    encode_labelled,
+    encoded,
+    labelled,
+    preference_examples,
+    preferences,
+)
+from r1jax.data.packing import pack
+from r1jax.data.template import PRIMER_RL, R1, Template
+from r1jax.eval.curves import draw_curves
+from r1jax.eval.summary import read_summary, write_summary
+from r1jax.io import metrics, outdir
+from r1jax.nn.value import trunk_of, valued
+from r1jax.train import answers, stages
+from r1jax.train.asked import heldout_questions, training_questions
+from r1jax.train.collect import Collector
+from r1jax.train.judge import Rules
+from r1jax.train.loop import Run, finish, finished, load
+from r1jax.train.measure import measure, pair_accuracy
+from r1jax.train.ppo import policy_of
+from r1jax.train.progress import Progress, Silent
+from r1jax.train.reward_model import open_scorer
+from r1jax.train.sampler import Sampler
+from r1jax.train.start import (
+    Start,
+    ending_of,
+    open_start,
+    save_reward_model,
+    save_trained,
+    state_of,
+)
+from r1jax.train.state import TrainState
+from r1jax.train.verifying import verifier
+
+MODEL = "model"
+Record = dict[str, Any]
+
+
+def run_trainer(
+    cfg: RunConfig, out: str | Path, *, display: Progress | None = None, force: bool = False
+) -> Record:
+    """Runs one trainer to its end and writes the model, the summary and the curves.
+
+    Args:
+        cfg: of the run.
+        out: its folder; a half-done run of the same config goes on where it stopped.
+        display: is told what happens.
+        force: start anew.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        ValueError: the folder belongs to something else, or the model, the data and the config do
+            not go together.
+        KeyboardInterrupt: after saving.
+    """
+    as_dict = to_config_dict(cfg).to_dict()
+    run = Run(Path(out), as_dict, display or Silent(), cfg.checkpoint_every)
+    if not force and outdir.inspect(out, as_dict) == "finished":
+        return read_summary(out)
+    start = open_start(cfg.start)  # what is wrong is refused before anything is written
+    with _trainer(cfg, run, start) as train:
+        outdir.claim(out, as_dict, force=force)
+        records = train()
+    summary = write_summary(run.out, {"stages": records, "seed": cfg.seed, "config": as_dict})
+    draw_curves(run.out / "curves.png", metrics.read(run.out / "metrics.jsonl"), cfg.trainer)
+    return summary
+
+
+@contextlib.contextmanager
+def _trainer(cfg: RunConfig, run: Run, start: Start) -> Iterator[Any]:
+    """What trains and leaves a model behind; data is read, and workers live, from here on."""
+    if isinstance(cfg, SFTRun):
+        yield _sft(cfg, run, start)
+    elif isinstance(cfg, DPORun | RewardModelRun):
+        yield _pairs(cfg, run, start)
+    else:
+        with _judged(cfg, run, start) as online:
+            yield online
+
+
+def _sft(cfg: SFTRun, run: Run, start: Start):
+    """Supervised fine-tuning on packed conversations."""
+    rows = conversations(cfg.data.path, skip=cfg.data.skip)
+    items = rows.items[: cfg.sft.examples]
+    examples = conversation_examples(
+        items, start.tokenizer, length=cfg.sft.length, skip=cfg.data.skip
+    )
+    _tell_skipped(run, cfg.data.path, [*rows.skipped, *examples.skipped])
+    ending = ending_of(start.model)
+    packed = pack(examples.items, length=cfg.sft.length, pad_id=ending.pad_id)
+    sft = cfg.sft
+    if cfg.epochs:
+        steps = max(1, round(cfg.epochs * packed.rows / sft.batch_size))
+        sft = dataclasses.replace(sft, steps=steps)
+    run.progress.message(f"{len(examples.items)} examples in {packed.rows} rows, {sft.steps} steps")
+
+    def train() -> list[Record]:
+        def go():
+            return stages.supervised(
+                run, "sft", start.state, packed, sft, model=start.cfg, seed=cfg.seed, log_every=1
+            )
+
+        state, record = _once(run, "sft", start.state, sft.steps, go)
+        _leave(run, start, state)
+        return [record]
+
+    return train
+
+
+def _pairs(cfg: DPORun | RewardModelRun, run: Run, start: Start):
+    """DPO, or a reward model, on a file of answers."""
+    is_reward = isinstance(cfg, RewardModelRun)
+    pairs = cfg.pairs
+    rows = _answers(cfg, cfg.data.path, run, start)
+    heldout = _answers(cfg, cfg.data.heldout, run, start) if cfg.data.heldout else None
+    state = start.state
+    if is_reward:
+        std = 1.0 / (start.cfg.hidden_size + 1) ** 0.5
+        head = valued(trunk_of(start.model.module), jax.random.key(cfg.seed), std=std)
+        state = state_of(head)
+
+    def train() -> list[Record]:
+        def go():
+            return stages.pairs(
+                run, cfg.trainer, state, rows, pairs, bias_speed=start.bias_speed, seed=cfg.seed
+            )
+
+        trained, record = _once(run, cfg.trainer, state, pairs.steps, go)
+        if heldout is not None:
+            reference = None if is_reward else start.state.params
+            record["heldout_accuracy"] = pair_accuracy(trained, reference, heldout, pairs)
+            run.progress.message(f"held-out accuracy {record['heldout_accuracy']:.1%}")
+        _leave(run, start, trained, save_reward_model if is_reward else save_trained)
+        return [record]
+
+    return train
+
+
+def _answers(cfg: DPORun | RewardModelRun, path: str, run: Run, start: Start) -> answers.Answers:
+    """The rows of a file as arrays."""
+    length, skip = cfg.pairs.length, cfg.data.skip
+    if cfg.pairs.loss == "pointwise":
+        rows = labelled(path, skip=skip)
+        ids = encoded(
+            rows.items,
+            lambda item: [encode_labelled(item, start.tokenizer)],
+            size=lambda item: len(item.prompt) + len(item.completion),
+            length=length,
+            skip=skip,
+        )
+        made = answers.of_labelled(ids.items, length=length)
+    else:
+        rows = preferences(path, skip=skip)
+        ids = preference_examples(rows.items, start.tokenizer, length=length, skip=skip)
+        made = answers.of_pairs(ids.items, length=length)
+    _tell_skipped(run, path, [*rows.skipped, *ids.skipped])
+    return made
+
+
+@contextlib.contextmanager
+def _judged(cfg: GRPORun | PPORun, run: Run, start: Start) -> Iterator[Any]:
+    """GRPO or PPO: questions, a sampler, a judge with its workers."""
+    stage = cfg.grpo if isinstance(cfg, GRPORun) else cfg.ppo
+    longest = cfg.sampling.prompt_length
+    _fits(cfg, start)
+    how = dict(longest=longest, progress=run.progress)
+    questions = training_questions(cfg.data, start.tokenizer, seed=cfg.seed, **how)
+    heldout = heldout_questions(cfg.data, start.tokenizer, cfg.measure.questions, **how)
+    template = _template(cfg.data.template, start)
+    score = None
+    if stage.reward.model:
+        score = open_scorer(stage.reward.model_path, start.tokenizer)
+    sampler = Sampler(cfg.sampling, ending_of(start.model))
+    kinds = [*questions(0, 1).answers, *heldout.answers[:1]]
+    with verifier(kinds, template) as verify:
+        judge = Rules(
+            stage.reward, template, verify, max_length=cfg.sampling.max_new_tokens, score=score
+        )
+        collector = Collector(stage, sampler, questions, judge, seed=cfg.seed)
+        yield lambda: _online(cfg, run, start, collector, heldout)
+
+
+def _online(cfg: GRPORun | PPORun, run: Run, start: Start, collector: Collector, heldout):
+    """Measures, trains, measures again."""
+    stage = collector.cfg
+
+    def measured(name: str, state: TrainState, record: Record) -> Record:
+        if not heldout.ids:
+            return record
+        how = dict(samples=cfg.measure.samples, temperature=stage.temperature, seed=cfg.seed)
+        figures = measure(state, collector.sampler, heldout, collector.judge, **how)
+        run.progress.message(f"{name}: held-out pass@1 {figures['pass_at_1']:.1%}")
+        return record | figures
+
+    first = finished(run, "start")
+    if first is None:
+        first = measured("start", start.state, _record("start", start.state, 0, 0.0))
+        finish(run, "start", {"step": np.int32(0)}, 0, first)
+
+    def go():
+        if isinstance(cfg, GRPORun):
+            return stages.grpo(
+                run, "grpo", start.state, stage, collector, bias_speed=start.bias_speed
+            )
+        return _ppo(cfg, run, start, collector)
+
+    state, record = _once(
+        run, cfg.trainer, start.state, stage.steps, go, lambda s, r: measured(cfg.trainer, s, r)
+    )
+    _leave(run, start, state)
+    return [first, record]
+
+
+def _ppo(cfg: PPORun, run: Run, start: Start, collector: Collector):
+    """PPO from the policy, with a critic whose trunk is a copy of it or the policy's own."""
+    key = jax.random.key(cfg.seed)
+    rules = dict(collector=collector, bias_speed=start.bias_speed)
+    if cfg.ppo.critic == "shared":
+        both = state_of(valued(start.model.module, key, std=0.0))
+        state, seconds = stages.ppo(run, "ppo", both, None, cfg.ppo, **rules)
+        return policy_of(state), seconds
+    critic = state_of(valued(trunk_of(start.model.module), key, std=0.0))
+    return stages.ppo(run, "ppo", start.state, critic, cfg.ppo, **rules)
+
+
+def _once(run: Run, name: str, state: TrainState, steps: int, go, measured=lambda _, r: r):
+    """(state, record) of a stage: run now, or as it was left when it was finished."""
+    record = finished(run, name)
+    if record is not None:
+        return load(run, name, {"state": state.slim()})["state"], record
+    state, seconds = go()
+    state = state.slim()
+    record = measured(state, _record(name, state, steps, seconds))
+    finish(run, name, {"state": state}, steps, record)
+    return state, record
+
+
+def _record(name: str, state: TrainState, steps: int, seconds: float) -> Record:
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    return {"name": name, "parameters": parameters, "steps": steps, "seconds": round(seconds, 4)}
+
+
+def _leave(run: Run, start: Start, state: TrainState, save=save_trained) -> None:
+    """Writes OUT/model; one from before the last kill gives way."""
+    folder = run.out / MODEL
+    shutil.rmtree(folder, ignore_errors=True)
+    save(folder, start, state)
+    run.progress.message(f"the model is in {folder}")
+
+
+def _fits(cfg: GRPORun | PPORun, start: Start) -> None:
+    total = cfg.sampling.prompt_length + cfg.sampling.max_new_tokens
+    if total > start.cfg.max_position:
+        raise ValueError(
+            f"sampling.prompt_length + max_new_tokens = {total} exceeds the "
+            f"{start.cfg.max_position} positions of {cfg.start.path}; lower one of them"
+        )
+
+
+def _template(name: str, start: Start) -> Template | None:
+    """The tags of completions; the end of a text is the tokenizer's."""
+    if name == "none":
+        return None
+    eos = start.tokenizer.config["eos_token"] or R1.eos
+    return dataclasses.replace({"r1": R1, "primer": PRIMER_RL}[name], eos=eos)
+
+
+def _tell_skipped(run: Run, path: str, skipped: list) -> None:
+    if skipped:
+        run.progress.message(f"{path}: {len(skipped)} rows skipped, the first {skipped[0]}")

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that a run starts from, as a state to train, and back into a model folder."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from r1jax.config import DenseConfig, ModelConfig, StartConfig
+from r1jax.data.text import TextTokenizer
+from r1jax.io.model import Model, open_model, save_model
+from r1jax.nn.build import blank
+from r1jax.nn.param import RouterBias, filled, leaves
+from r1jax.train.sampler import Ending
+from r1jax.train.state import TrainState
+from r1jax.train.trained import is_run, open_run
+
+VALUE_HEAD = "value_head.npz"  # beside the weights of a reward model
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A model that is to be trained.
+
+    Attributes:
+        model: with its tokenizer; parameters float32.
+        state: the same without an optimizer.
+    """
+
+    model: Model
+    state: TrainState
+
+    @property
+    def cfg(self) -> ModelConfig | DenseConfig:
+        """The architecture."""
+        return self.model.cfg
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Its tokenizer."""
+        return self.model.tokenizer
+
+    @property
+    def bias_speed(self) -> float:
+        """γ of the balance rule; 0 for dense models."""
+        return self.cfg.moe.bias_update_speed if isinstance(self.cfg, ModelConfig) else 0.0
+
+
+def open_start(cfg: StartConfig) -> Start:
+    """Opens the model of a config.
+
+    Raises:
+        ValueError: there is none, or it has no tokenizer.
+    """
+    path = Path(cfg.path)
+    found = open_run(path) if is_run(path) else open_model(path, dtype="float32")
+    if found.tokenizer is None:
+        raise ValueError(f"start.path={cfg.path}: has no tokenizer.json, so no text can be read")
+    changes: dict[str, Any] = {"remat": cfg.remat}
+    if cfg.dtype:
+        changes["dtype"] = cfg.dtype
+    arch = dataclasses.replace(found.cfg, **changes)
+    # Weights in FP8 blocks are dequantised by this too.
+    values = {name: v.get_value().astype(jnp.float32) for name, v in leaves(found.module).items()}
+    module = filled(blank(arch), values)
+    return Start(dataclasses.replace(found, cfg=arch, module=module), state_of(module))
+
+
+def state_of(module: nnx.Module) -> TrainState:
+    """A state of the module as it is, without an optimizer."""
+    graphdef, params, router = nnx.split(module, nnx.Param, RouterBias)
+    return TrainState(jnp.int32(0), params, router, (), graphdef)
+
+
+def ending_of(model: Model) -> Ending:
+    """Where completions of a model end; the text is without that token.
+
+    Raises:
+        ValueError: the model has no tokenizer, or one that names no end.
+    """
+    words = model.tokenizer
+    if words is None or not words.eos_ids:
+        raise ValueError("the model's tokenizer names no eos_token: no completion would ever end")
+    ends = set(words.eos_ids)
+
+    def decode(ids: Sequence[int]) -> str:
+        return words.decode(ids[:-1] if ids and ids[-1] in ends else ids)
+
+    pad = words.eos_ids[0] if words.pad_id is None else words.pad_id
+    return Ending(words.eos_ids, pad, decode)
+
+
+def save_trained(path: str | Path, start: Start, state: TrainState) -> None:
+    """Writes the trained policy as a model folder, which `generate` and `export` open.
+
+    The checkpoint's own config.json is kept, so an export has its layout.
+    """
+    save_model(path, dataclasses.replace(start.model, module=state.model()))
+
+
+def save_reward_model(path: str | Path, start: Start, state: TrainState) -> None:
+    """Writes a reward model: the folder of its decoder, with the value head beside the weights.
+
+    The vocabulary head, which it does not need, is the one it started with.
+    """
+    trained = state.model()
+    values = {name: v.get_value() for name, v in leaves(start.model.module).items()}
+    values |= {name: v.get_value() for name, v in leaves(trained.decoder).items()}
+    module = filled(blank(start.cfg), values)
+    save_model(path, dataclasses.replace(start.model, module=module))
+    head = {
+        "weight": np.asarray(trained.value_head[...]),
+        "bias": np.asarray(trained.value_bias[...]),
+    }
+    np.savez(Path(path) / VALUE_HEAD, **head)
+
+
+def read_value_head(path: str | Path) -> Mapping[str, np.ndarray]:
+    """The value head of a reward model's folder.
+
+    Raises:
+        ValueError: it is no such folder.
+    """
+    file = Path(path) / VALUE_HEAD
+    if not file.is_file():
+        raise ValueError(f"{path}: has no {VALUE_HEAD}, so it is no reward model of r1jax")
+    with np.load(file) as found:
+        return {name: found[name] for name in ("weight", "bias")}
