@@ -64,8 +64,7 @@ def ppo_step(
 ) -> tuple[ActorCritic, Metrics]:
     """One batch with a critic of its own (PPO, arXiv 1707.06347): GAE, then the updates of both.
 
-    The KL to the reference is in the reward. A completion that the length limit cut is over, as one
-    that ended: what would follow has no value.
+    The KL is in the reward. A completion that the length limit cut counts as one that ended.
 
     Args:
         both: donated by the caller; the critic's model is an `nn.value.Valued`.

@@ -235,8 +235,9 @@ def _online(cfg: GRPORun | PPORun, run: Run, start: Start, collector: Collector,
         return _ppo(cfg, run, start, collector)
 
     state, record = _once(
-        run, cfg.trainer, start.state, stage.steps, go, lambda s, r: measured(cfg.trainer, s, r)
-    )
+        run, cfg.trainer, start.state, stage.steps, go,
+        measured=lambda state, record: measured(cfg.trainer, state, record),
+    )  # fmt: skip
     _leave(run, start, state)
     return [first, record]
 
@@ -253,7 +254,7 @@ def _ppo(cfg: PPORun, run: Run, start: Start, collector: Collector):
     return stages.ppo(run, "ppo", start.state, critic, cfg.ppo, **rules)
 
 
-def _once(run: Run, name: str, state: TrainState, steps: int, go, measured=lambda _, r: r):
+def _once(run: Run, name: str, state: TrainState, steps: int, go, *, measured=lambda _, r: r):
     """(state, record) of a stage: run now, or as it was left when it was finished."""
     record = finished(run, name)
     if record is not None:

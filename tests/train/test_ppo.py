@@ -43,7 +43,7 @@ def shared():
 
 @functools.cache
 def own_step(cfg):
-    def step(both, ref, rollout, reward_B, controls, temperature):
+    def step(both, ref, rollout, reward_B, controls, *, temperature):
         return ppo_step(
             both, ref, rollout, reward_B, controls, temperature=temperature, cfg=cfg,
             optimizer=tiny.KEEP_GRADIENT, value_optimizer=tiny.KEEP_GRADIENT,
@@ -54,7 +54,7 @@ def own_step(cfg):
 
 @functools.cache
 def shared_step(cfg, value_weight):
-    def step(state, ref, rollout, reward_B, controls, temperature):
+    def step(state, ref, rollout, reward_B, controls, *, temperature):
         return shared_ppo_step(
             state, ref, rollout, reward_B, controls, temperature=temperature, cfg=cfg,
             optimizer=tiny.KEEP_GRADIENT, value_weight=value_weight,
@@ -69,7 +69,8 @@ def after(cfg=ONE, *, reward=REWARD, lr=0.0, value_lr=0.0, temperature=1.0, roll
     controls = ActorCritic(*(Controls(np.float32(x), np.float32(0)) for x in (lr, value_lr)))
     rollout = drawn() if rollout is None else rollout
     reference = tiny.state(seed=1).params
-    return own_step(cfg)(both, reference, rollout, reward, controls, np.float32(temperature))
+    temperature = np.float32(temperature)
+    return own_step(cfg)(both, reference, rollout, reward, controls, temperature=temperature)
 
 
 @jax.jit
@@ -158,10 +159,12 @@ def test_a_shared_trunk_with_no_value_weight_has_the_policy_gradient_of_ppo():
     reference = tiny.state(seed=1).params
     ref_shared = both.params.__class__(dict(both.params) | {"decoder": reference})
     temperature = np.float32(1.0)
-    joint, metrics = shared_step(ONE, 0.0)(both, ref_shared, r, REWARD, controls, temperature)
+    joint, metrics = shared_step(ONE, 0.0)(
+        both, ref_shared, r, REWARD, controls, temperature=temperature
+    )
     pair, own_metrics = own_step(ONE)(
         ActorCritic(tiny.state(), own), reference, r, REWARD, ActorCritic(controls, controls),
-        temperature,
+        temperature=temperature,
     )  # fmt: skip
     chex.assert_trees_all_close(joint.opt.trace["decoder"], pair.actor.opt.trace, atol=SUMS)
     for name in ("loss", "kl", "value_loss", "explained_variance", "entropy"):
@@ -173,7 +176,7 @@ def test_a_shared_trunk_with_no_value_weight_has_the_policy_gradient_of_ppo():
 def test_a_shared_head_learns():
     controls = Controls(np.float32(0), np.float32(0))
     state, _ = shared_step(ONE, 0.5)(
-        shared(), shared().params, drawn(), REWARD, controls, np.float32(1)
+        shared(), shared().params, drawn(), REWARD, controls, temperature=np.float32(1)
     )
     assert float(jnp.abs(state.opt.trace["value_head"][...]).max()) > 0
 
