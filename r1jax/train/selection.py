@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from r1jax.data.template import Template, parse
+from r1jax.data.text import BROKEN
 from r1jax.rl import rejection
 from r1jax.rl.rejection import Filtered, NGrams
 
@@ -72,6 +73,8 @@ def choose(
     filters: dict[str, Filtered] = {
         "wrong": rejection.keep_correct([row["reward"] for row in rows]),
         "cut_off": _mask([row["ended"] for row in rows]),
+        # No text, or bytes that make no character: nothing that could be written and read again.
+        "unreadable": _mask([bool(text.strip()) and BROKEN not in text for text in texts]),
     }
     if choice.template is not None:
         filters["malformed"] = _mask([parse(t, choice.template).well_formed for t in texts])

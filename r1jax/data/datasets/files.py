@@ -78,35 +78,34 @@ def _bytes(path: Path) -> bytes:
 def _json(path: Path, raw: bytes) -> Iterator[tuple[str, Row | Skipped]]:
     raw = raw.removeprefix(_BOM)
     if _LIST.match(raw):
-        rows = _parsed(raw)
-        if isinstance(rows, str):
-            raise ValueError(f"{path}: is not a JSON list: {rows}")
+        rows, fault = _parsed(raw)
+        if fault:
+            raise ValueError(f"{path}: is not a JSON list: {fault}")
         for number, row in enumerate(rows, 1):
             yield _row(f"{path} item {number}", row)
         return
     # Not splitlines(): a string may hold U+2028, which JSON leaves as it is.
     for number, line in enumerate(raw.split(b"\n"), 1):
         if line.strip():
-            yield _row(f"{path}:{number}", _parsed(line))
+            yield _row(f"{path}:{number}", *_parsed(line))
 
 
-def _row(where: str, row: Any) -> tuple[str, Row | Skipped]:
-    if isinstance(row, str):
-        return where, Skipped(where, f"is not JSON: {row}")
+def _row(where: str, row: Any, fault: str = "") -> tuple[str, Row | Skipped]:
+    if fault:
+        return where, Skipped(where, f"is not JSON: {fault}")
     if not isinstance(row, dict):
         return where, Skipped(where, f"must hold a JSON object, got {type(row).__name__}")
     return where, row
 
 
-def _parsed(raw: bytes) -> Any:
-    """The value, or a str that says why it is none; a JSON text comes out inside a tuple."""
+def _parsed(raw: bytes) -> tuple[Any, str]:
+    """(value, what is wrong with it)."""
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
+        return json.loads(raw.decode("utf-8"), parse_constant=_refuse), ""
     except RecursionError:
-        return "nested too deeply"
+        return None, "nested too deeply"
     except ValueError as error:
-        return str(error)[:_SHOWN]
-    return (value,) if isinstance(value, str) else value
+        return None, str(error)[:_SHOWN] or "no value"
 
 
 def _refuse(name: str) -> NoReturn:

@@ -151,8 +151,9 @@ def _stream(items: Sequence[Any], made_by: State, shard: Shard, collate) -> Any:
     stream = grain.MapDataset.source(items).shuffle(seed=made_by["seed"] % 2**32)
     stream = stream.repeat(made_by["epochs"])
     size = made_by["batch_size"]
-    # Before the hosts part: all of them see the same number of batches.
-    stream = stream[: len(stream) // size * size][shard.index :: shard.count]
+    # Before the hosts part: all of them see the same number of batches. An endless stream is cut
+    # too, since lengths near the largest integer overflow.
+    stream = stream[: min(len(stream), 2**62) // size * size][shard.index :: shard.count]
     batches = stream.batch(size // shard.count, batch_fn=collate)
     # What is read lies in memory: threads that read ahead would only cost.
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
