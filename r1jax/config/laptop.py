@@ -51,8 +51,8 @@ def optim(rate: float, **changes) -> OptimConfig:
     )
 
 
-def grpo(**changes) -> GRPORun:
-    """GRPO with R1's rewards; `changes` are fields of `GRPOConfig`."""
+def grpo(stage: str = "cold_start", **changes) -> GRPORun:
+    """GRPO with R1's rewards from a stage; `changes` are fields of `GRPOConfig`."""
     settings = dict(
         steps=30,
         prompts=16,
@@ -63,7 +63,7 @@ def grpo(**changes) -> GRPORun:
         optim=optim(6e-4),
     )
     return GRPORun(
-        start=start("cold_start"),
+        start=start(stage),
         data=arithmetic(),
         sampling=sampling(),
         grpo=GRPOConfig(**settings | changes),

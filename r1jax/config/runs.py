@@ -24,7 +24,7 @@ QUESTION_SETS = (
     "questions",
 )
 """Generated tasks, then the readers of `r1jax.data.datasets.QUESTIONS`."""
-TEMPLATES = ("r1", "primer", "none")
+TEMPLATES = ("r1", "primer", "plain")
 REWARD_LOSSES = ("pairwise", "pointwise")
 
 
@@ -60,7 +60,7 @@ class QuestionData:
       skip: leave bad rows out, and count them, instead of refusing the file.
       system: a system turn before each question.
       instruction: text behind each question and an empty line.
-      template: the tags of completions, "r1" or "primer"; "none" for text without.
+      template: the tags of completions, "r1" or "primer"; "plain" for text without.
       difficulty: of a task's problems.
     """
 
@@ -79,7 +79,7 @@ class QuestionData:
         if self.dataset.startswith("task:"):
             if self.path or self.heldout:
                 raise ValueError(f"data.dataset={self.dataset!r} is generated: it has no file")
-            if self.template == "none":
+            if self.template == "plain":
                 raise ValueError("data.template: a task's answers stand in tags; 'r1' or 'primer'")
         elif not self.path:
             raise ValueError(f"data.dataset={self.dataset!r} needs data.path, the file to read")
@@ -125,10 +125,10 @@ def _checked(run: Any) -> None:
 
 def _judged(run: Any, stage: Any) -> None:
     _checked(run)
-    untagged = run.data.template == "none"
+    untagged = run.data.template == "plain"
     if untagged and (stage.reward.format or stage.reward.language):
         raise ValueError(
-            "data.template='none' has no tags to reward: set reward.format and reward.language to 0"
+            "data.template='plain' has no tags to reward: set reward.format and reward.language to 0"
         )
 
 

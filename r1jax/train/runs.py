@@ -290,7 +290,7 @@ def _fits(cfg: GRPORun | PPORun, start: Start) -> None:
 
 def _template(name: str, start: Start) -> Template | None:
     """The tags of completions; the end of a text is the tokenizer's."""
-    if name == "none":
+    if name == "plain":
         return None
     eos = start.tokenizer.config["eos_token"] or R1.eos
     return dataclasses.replace({"r1": R1, "primer": PRIMER_RL}[name], eos=eos)

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation of R1 into Llama-3.1-8B (arXiv 2501.12948, section 2.4).
+
+Command:   r1jax train --config=configs/distill_llama_8b.py
+Hardware:  a TPU pod or GPU cluster; not run by us at this size
+Expected:  AIME 2024 pass@1 50.4 % (the paper's figure)
+Needs:     models/Llama-3.1-8B (r1jax import), runs/rejection_671b (rejection-sample)
+"""
+
+from r1jax.config import published, to_config_dict
+
+
+def get_config():
+    """SFT on R1's 800k samples: two epochs, cosine to a tenth, batch 64."""
+    return to_config_dict(published.distill("llama3.1_8b", "models/Llama-3.1-8B"))
