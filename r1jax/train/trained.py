@@ -64,7 +64,7 @@ def open_run(path: Path) -> Model:
     tree = checkpoint.restore(folder, step, {"state": wanted})["state"]
     values = {path: _at(tree["params"], path) for path in leaves(empty) if not _is_bias(path)}
     values |= {path: _at(tree["router"], path) for path in leaves(empty) if _is_bias(path)}
-    return Model(cfg, filled(empty, values), _tokenizer(template_of(recipe.tasks)))
+    return Model(cfg, filled(empty, values), task_words(template_of(recipe.tasks)))
 
 
 def _is_bias(path: str) -> bool:
@@ -77,7 +77,7 @@ def _at(tree, path: str):
     return tree
 
 
-def _tokenizer(template: Template) -> TextTokenizer:
+def task_words(template: Template) -> TextTokenizer:
     """The tasks' words, with the recipe's prompt as the chat template of the last user turn."""
     words = task_tokenizer()
     question = prompt("{{ messages[-1]['content'] }}", template)

@@ -36,7 +36,7 @@ from r1jax.io.model import Model, open_model, save_model
 from r1jax.nn.param import leaves
 from r1jax.train.progress import Silent
 from r1jax.train.runs import run_trainer
-from r1jax.train.trained import _tokenizer
+from r1jax.train.trained import task_words
 from tests.nn import tiny as models
 from tests.train import tiny
 
@@ -52,7 +52,7 @@ DATA = QuestionData(difficulty=Difficulty(arithmetic_operations=(1,)))
 def start(tmp_path_factory):
     """A model folder with the tasks' words."""
     path = tmp_path_factory.mktemp("models") / "start"
-    save_model(path, Model(ARCH, models.model(ARCH), _tokenizer(R1)))
+    save_model(path, Model(ARCH, models.model(ARCH), task_words(R1)))
     return StartConfig(path=str(path), remat=False)
 
 
