@@ -128,7 +128,8 @@ def _judged(run: Any, stage: Any) -> None:
     untagged = run.data.template == "plain"
     if untagged and (stage.reward.format or stage.reward.language):
         raise ValueError(
-            "data.template='plain' has no tags to reward: set reward.format and reward.language to 0"
+            "data.template='plain' has no tags to reward; set reward.format and reward.language to "
+            "0"
         )
 
 
