@@ -214,12 +214,15 @@ def _sampled(
         done = len(batches) - len(missing)
         how.progress.message(f"going on: {done} of {len(batches)} batches were sampled before")
     how.progress.stage("sampling", len(batches))
-    for batch, rows in _drawn(samplers, items, missing, how.verify):
+    earlier = [row["reward"] for rows in found.values() if rows for row in rows]
+    count, total = len(earlier), sum(earlier)
+    for done, (batch, rows) in enumerate(
+        _drawn(samplers, items, missing, how.verify), len(batches) - len(missing) + 1
+    ):
         jsonl.write(_file(folder, batch), rows)
         found[batch.number] = rows
-        done = [rows for rows in found.values() if rows is not None]
-        right = float(np.mean([row["reward"] for rows in done for row in rows]))
-        how.progress.step(len(done), accuracy=right)
+        count, total = count + len(rows), total + sum(row["reward"] for row in rows)
+        how.progress.step(done, accuracy=total / count)
     return [row for batch in batches for row in found[batch.number]]
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers
 
 from r1jax.cli import main
 from r1jax.data.datasets import conversations
@@ -198,3 +201,41 @@ def test_killed_at_random_moments_it_leaves_the_same_traces(folder, data, tmp_pa
     for name in ("traces.jsonl", "statistics.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert (tmp_path / "whole" / "traces.jsonl").stat().st_size > 0
+
+
+STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260K"
+
+
+def stories_tokenizer(vocab):
+    """The pieces of llama2.c's tokenizer, the best-scored pair merged first."""
+    ids = {row["piece"]: row["id"] for row in vocab}
+    pieces = [row["piece"] for row in vocab if row["id"] >= 259]
+    splits = [(piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece))]
+    merges = [pair for pair in splits if pair[0] in ids and pair[1] in ids]
+    inner = tokenizers.Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True))
+    inner.normalizer = normalizers.Prepend(" ")
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    names = {"bos_token": "\n<s>\n", "eos_token": "\n</s>\n", "add_bos_token": True}
+    return TextTokenizer(inner, names)
+
+
+@pytest.mark.slow
+def test_a_real_checkpoint_says_what_it_says(tmp_path, capsys):
+    """stories260K, greedy: its golden text goes on behind the question."""
+    if not STORIES.is_dir():
+        pytest.skip(f"{STORIES} is not there")
+    folder = tmp_path / "stories"
+    shutil.copytree(STORIES, folder)
+    stories_tokenizer(json.loads((folder / "vocab.json").read_text())).save(folder)
+    golden = json.loads((folder / "golden_greedy.json").read_text())["text"]
+    question = "Once upon a time, there was"
+    rows = [{"question": question, "answer": "7"}, {"question": "One day", "answer": "8"}]
+    data = written(tmp_path / "q.jsonl", rows)
+    command = ["rejection-sample", folder, data, "--dataset=questions", "--out", tmp_path / "run"]
+    command += ["--temperature=0", "--samples=1", "--max-tokens=100", "--json"]
+    found = json.loads(said(capsys, *command)[0])
+    assert found["dropped"]["wrong"]["dropped"] == 2
+    rows = [json.loads(x) for p in (tmp_path / "run/samples").glob("*.jsonl") for x in p.open()]
+    (text,) = (row["text"] for row in rows if row["item"] == 0)
+    assert len(text) > 150
+    assert golden.startswith(question + text)

@@ -19,8 +19,9 @@ from r1jax.io.model import Model
 from r1jax.rl.rejection import ngrams_of
 from r1jax.train.asking import Room, Wording, items_of, task_items
 from r1jax.train.progress import Silent
-from r1jax.train.rejection import Drawing, Item, Run, fingerprint, plan, run, state_of
+from r1jax.train.rejection import Drawing, Item, Run, fingerprint, plan, run
 from r1jax.train.selection import Choice, choose, prose_of
+from r1jax.train.start import state_of
 from tests.nn import tiny
 from tests.train.tiny import VOCAB
 

@@ -2,7 +2,7 @@
 """Conversations, preferences and labelled answers out of the formats in common use."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from r1jax.data.datasets import fields
@@ -45,9 +45,9 @@ def preferences(path: str | Path, *, skip: bool = False) -> Rows[Preference]:
     r"""Pairs of answers, the better and the worse.
 
     A row has `chosen` and `rejected`, and perhaps `prompt`. With a prompt (a text, or messages) the
-    two are texts, or one message each, or conversations that repeat the prompt. Without, they are
-    conversations (lists of messages, or one text of `\n\nHuman: … \n\nAssistant: …`), and what they
-    have in common is the prompt. Args and errors as `conversations`.
+    two are texts, or one message each, or whole conversations. Without, they are conversations
+    (lists of messages, or one text of `\n\nHuman: … \n\nAssistant: …`), and what they have in
+    common is the prompt. Args and errors as `conversations`.
     """
     return read(path, _preference, skip=skip)
 
@@ -74,7 +74,8 @@ def _conversation(row: Row) -> Conversation:
 
 def _preference(row: Row) -> Preference:
     pair = {name: row[fields.first_of(row, name)] for name in ("chosen", "rejected")}
-    if row.get("prompt") is not None:
+    given = row.get("prompt") is not None
+    if given and not all(map(_is_whole, pair.values())):
         prompt = fields.prompt(row, "prompt")
         chosen, rejected = (fields.answer(v, name, after=prompt) for name, v in pair.items())
     else:
@@ -85,11 +86,21 @@ def _preference(row: Row) -> Preference:
             raise ValueError("fields 'chosen' and 'rejected' do not begin with the same turns")
         if both[0] == both[1]:
             raise ValueError("fields 'chosen' and 'rejected' are equal: nothing is preferred")
+        if given and fields.prompt(row, "prompt")[-1] != prompt[-1]:
+            raise ValueError("field 'prompt' is not what 'chosen' and 'rejected' answer")
         ends = zip(both, pair, strict=True)
         chosen, rejected = (fields.last(turns[same:], name) for turns, name in ends)
     if chosen == rejected:
         raise ValueError("fields 'chosen' and 'rejected' are equal: nothing is preferred")
     return Preference(prompt, chosen, rejected)
+
+
+def _is_whole(value: object) -> bool:
+    """Whether an answer is a conversation with its prompt: it begins with another's turn."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
+        return False
+    role = value[0].get("role", value[0].get("from"))
+    return len(value) > 1 and role not in ("assistant", "gpt")
 
 
 def _labelled(row: Row) -> Labelled:

@@ -7,11 +7,10 @@ damaged as a whole is refused; a row that cannot be read comes out as `Skipped`.
 
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from r1jax.data.datasets.records import Rows, Skipped, settled
 
@@ -19,7 +18,6 @@ T = TypeVar("T")
 Row = Mapping[str, Any]
 _GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
-_LIST = re.compile(rb"\s*\[")
 _SHOWN = 80  # characters of a fault that is quoted
 
 
@@ -41,7 +39,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row | Skipped]]:
         raise ValueError(f"{path}: no such file")
     if path.suffix == ".parquet":
         return _parquet(path)
-    return _json(path, _bytes(path))
+    return _json(path)
 
 
 def read(path: str | Path, parse: Callable[[Row], T], *, skip: bool = False) -> Rows[T]:
@@ -67,27 +65,37 @@ def read(path: str | Path, parse: Callable[[Row], T], *, skip: bool = False) -> 
     return settled(items, bad, of=path, skip=skip)
 
 
-def _bytes(path: Path) -> bytes:
+def _json(path: Path) -> Iterator[tuple[str, Row | Skipped]]:
     try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if raw.startswith(_GZIP) else raw
+        with _opened(path) as file:
+            begun = False
+            # Lines of bytes end in \n alone: a string may hold U+2028, which JSON leaves as it is.
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(_BOM) if number == 1 else line
+                if not line.strip():
+                    continue
+                if not begun and line.lstrip().startswith(b"["):
+                    yield from _listed(path, line + file.read())
+                    return
+                begun = True
+                yield _row(f"{path}:{number}", *_parsed(line))
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
-def _json(path: Path, raw: bytes) -> Iterator[tuple[str, Row | Skipped]]:
-    raw = raw.removeprefix(_BOM)
-    if _LIST.match(raw):
-        rows, fault = _parsed(raw)
-        if fault:
-            raise ValueError(f"{path}: is not a JSON list: {fault}")
-        for number, row in enumerate(rows, 1):
-            yield _row(f"{path} item {number}", row)
-        return
-    # Not splitlines(): a string may hold U+2028, which JSON leaves as it is.
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if line.strip():
-            yield _row(f"{path}:{number}", *_parsed(line))
+def _opened(path: Path) -> BinaryIO:
+    file = path.open("rb")
+    packed = file.read(len(_GZIP)) == _GZIP
+    file.seek(0)
+    return gzip.GzipFile(fileobj=file) if packed else file
+
+
+def _listed(path: Path, raw: bytes) -> Iterator[tuple[str, Row | Skipped]]:
+    rows, fault = _parsed(raw)
+    if fault:
+        raise ValueError(f"{path}: is not a JSON list: {fault}")
+    for number, row in enumerate(rows, 1):
+        yield _row(f"{path} item {number}", row)
 
 
 def _row(where: str, row: Any, fault: str = "") -> tuple[str, Row | Skipped]:

@@ -90,6 +90,7 @@ HH = "\n\nHuman: q\n\nAssistant: "
         {"prompt": "q", "chosen": "good", "rejected": "bad"},
         {"prompt": turns("q"), "chosen": turns("q", "good")[1:], "rejected": turns("q", "bad")[1:]},
         {"prompt": "q", "chosen": turns("q", "good"), "rejected": turns("q", "bad")},
+        {"prompt": "q", "chosen": "good", "rejected": turns("q", "bad")},
         {"chosen": turns("q", "good"), "rejected": turns("q", "bad")},
         {"chosen": f"{HH}good", "rejected": f"{HH}bad"},
     ],
@@ -103,6 +104,8 @@ def test_what_both_conversations_begin_with_is_the_prompt(tmp_path):
     row = {"chosen": turns("q", "a", "r", "good"), "rejected": turns("q", "a", "r", "bad")}
     (found,) = preferences(file_of(tmp_path, row)).items
     assert found == Preference(messages("q", "a", "r"), "good", "bad")
+    # A prompt that tells the last turn alone agrees with it.
+    assert preferences(file_of(tmp_path, row | {"prompt": "r"})).items == (found,)
     text = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: "
     row = {"chosen": f"{text}good", "rejected": f"{text}bad"}
     assert preferences(file_of(tmp_path, row)).items == (found,)
@@ -119,6 +122,10 @@ def test_what_both_conversations_begin_with_is_the_prompt(tmp_path):
         ({"chosen": turns("q", "x"), "rejected": turns("r", "x")}, "begin with the same turns"),
         ({"chosen": turns("q", "a", "r", "x"), "rejected": turns("q", "y")}, "must end in one"),
         ({"chosen": turns("q"), "rejected": turns("q", "y")}, "'chosen' must end in one turn"),
+        (
+            {"prompt": "p", "chosen": turns("q", "x"), "rejected": turns("q", "y")},
+            "'prompt' is not",
+        ),
         ({"prompt": 3, "chosen": "x", "rejected": "y"}, "'prompt' must be a list of messages"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1jax.data import datasets
-from r1jax.data.datasets import Batches, Shard, packed_batches
+from r1jax.data.datasets import Batches, Shard, packed_batches, shuffled
 from r1jax.data.packing import example, pack
 
 
@@ -123,6 +123,12 @@ def test_what_cannot_be_is_refused(rules, word):
         pipeline(**rules)
     with pytest.raises(ValueError, match=r"must lie in 0\.\.1"):
         Shard(2, 2)
+
+
+def test_places_of_the_stream_are_those_of_the_batches():
+    whole = sum(ints(pipeline(seed=5), 6), [])
+    assert shuffled(10, 0, 24, seed=5) == whole
+    assert shuffled(10, 7, 9, seed=5) == whole[7:16]
 
 
 def test_packed_rows_and_collated_items():
