@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a chip can do: the numbers that choose tiles, limit memory and bound the time of a kernel."""
+"""What a chip can do: the numbers that choose tiles, limit memory and bound a kernel's time."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ class Chip:
         return self.fp8 if dtype_bits <= 8 and self.fp8 else self.bf16
 
 
-# v6e takes E4M3 operands, at the speed of bfloat16. On v5e and v5p the operands are converted.
+# Only TPU7x multiplies E4M3 faster than bfloat16; v5e and v5p have no unit for it at all.
 V5E = Chip("v5e", 128 * MIB, 0.82e12, 197e12, 0)
 V5P = Chip("v5p", 64 * MIB, 2.77e12, 459e12, 0)
 V6E = Chip("v6e", 128 * MIB, 1.64e12, 918e12, 0)

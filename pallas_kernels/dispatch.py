@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import jax
+
 from pallas_kernels import chips
 
 T = TypeVar("T")
@@ -105,3 +107,21 @@ def check_dtype(name: str, dtype: Any, allowed: tuple[str, ...]) -> None:
     """Raises ValueError unless the dtype's name is one of `allowed`."""
     if dtype.name not in allowed:
         raise ValueError(f"{name} has dtype {dtype.name}, expected one of {', '.join(allowed)}")
+
+
+def without_derivative(call: Callable[..., T], instead: str) -> Callable[..., T]:
+    """`run(implementation, call)` as a function (implementation, *arrays) that refuses to be
+    differentiated and names the op that can be."""
+
+    def outer(implementation: Implementation, *arrays: Any) -> T:
+        @jax.custom_vjp
+        def inner(*arrays):
+            return run(implementation, lambda backend: call(backend, *arrays))
+
+        def refuse(*_):
+            raise ValueError(f"quantised operands have no derivative: differentiate {instead}")
+
+        inner.defvjp(refuse, refuse)
+        return inner(*arrays)
+
+    return outer

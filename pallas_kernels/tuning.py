@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles of a kernel: explicit argument → `tuned/<chip>.json`, which `bench tune` writes → heuristic.
+"""Tiles of a kernel: explicit argument, else `tuned/<chip>.json` of `bench tune`, else heuristic.
 
 A table is {op: {key: tiles}}; the key names every size that the best tiles depend on.
 """
