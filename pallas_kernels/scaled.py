@@ -2,8 +2,9 @@
 """E4M3 values with a float32 scale for each tile: the format that the FP8 ops hand each other.
 
 x ≈ values · scale, scale = amax / 448 of the tile, values rounded to nearest even (DeepSeek-V3,
-arXiv 2412.19437, section 3.3). The scale is computed as amax · (1/448), within an ulp of the quotient:
-XLA makes that of it under jit, so eager, jit and kernels give the same bits. What a tile may hold:
+arXiv 2412.19437, section 3.3). The scale is computed as amax · (1/448), within an ulp of the
+quotient: XLA makes that of it under jit, so eager, jit and kernels give the same bits. What a tile
+may hold:
 
 - zeros, and numbers so small that the scale would not be a normal float32: scale 1 (as blocks of
   zeros in checkpoints), values 0 (power-of-two scales: the same);

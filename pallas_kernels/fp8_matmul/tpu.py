@@ -151,17 +151,33 @@ def dot(a: jax.Array, b: jax.Array, transposed: bool, native: bool) -> jax.Array
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
+def add_products(
+    sum_ref: jax.Ref, a: tuple, b: tuple, block: int, *, transposed: bool, native: bool
+) -> None:
+    """sum += Σ over the blocks in VMEM of (a_k · b_k) · scale_a · scale_b.
+
+    Args:
+        sum_ref: [tm, tn] float32.
+        a: (values [tm, tk], scales [tk / block, tm]).
+        b: (values [tk, tn], or [tn, tk] if `transposed`, scales [tk / block, tn]).
+    """
+    (a_ref, sa_ref), (b_ref, sb_ref) = a, b
+    sa = sa_ref[...].T  # rows of scales become columns: one for each row of a
+    for t in range(a_ref.shape[1] // block):
+        at = pl.ds(t * block, block)
+        b_values = b_ref[:, at] if transposed else b_ref[at, :]
+        partial = dot(a_ref[:, at], b_values, transposed, native)
+        sum_ref[...] += partial * sa[:, t : t + 1] * sb_ref[t : t + 1, :]
+
+
 def _kernel(a_ref, sa_ref, b_ref, sb_ref, o_ref, sum_ref, *, block, transposed, native):
     @pl.when(pl.program_id(2) == 0)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    sa = sa_ref[...].T  # rows of scales become columns: one for each row of a
-    for t in range(a_ref.shape[1] // block):
-        at = pl.ds(t * block, block)
-        b = b_ref[:, at] if transposed else b_ref[at, :]
-        partial = dot(a_ref[:, at], b, transposed, native)
-        sum_ref[...] += partial * sa[:, t : t + 1] * sb_ref[t : t + 1, :]
+    add_products(
+        sum_ref, (a_ref, sa_ref), (b_ref, sb_ref), block, transposed=transposed, native=native
+    )
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
