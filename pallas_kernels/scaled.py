@@ -8,6 +8,7 @@ may hold:
 
 - zeros, and numbers so small that the scale would not be a normal float32: scale 1 (as blocks of
   zeros in checkpoints), values 0 (power-of-two scales: the same);
+- denormal float32 numbers: they count as zero where the unit flushes them, as most do;
 - Inf or NaN: scale NaN, values 0. Every product that reads the tile is NaN: nothing hides it;
 - with power-of-two scales the scale is rounded up, so values never overflow.
 """

@@ -46,7 +46,7 @@ def quantize_tiles(
         ValueError: dtype or shape.
         Unsupported: the named implementation cannot.
     """
-    _check(x_MK, block, x_MK.shape[-1:])
+    _check(x_MK, block, 1)
     return _run(
         lambda b, x, n: _module(b).tiles(x, n, block=block, power_of_two=power_of_two, backend=b),
         implementation,
@@ -69,7 +69,7 @@ def quantize_transposed(
     Returns:
         values [K, M rounded up to block], scale [K, ⌈M / block⌉].
     """
-    _check(x_MK, block, x_MK.shape[-1:])
+    _check(x_MK, block, 1)
     return _run(
         lambda b, x, n: _module(b).transposed(
             x, n, block=block, power_of_two=power_of_two, backend=b
@@ -88,7 +88,7 @@ def quantize_both(
     implementation: Implementation = None,
 ) -> tuple[Scaled, Scaled]:
     """(`quantize_tiles`, `quantize_transposed`) of one reading of x: gradients need both."""
-    _check(x_MK, block, x_MK.shape[-1:])
+    _check(x_MK, block, 1)
     return _run(
         lambda b, x, n: _module(b).both(x, n, block=block, power_of_two=power_of_two, backend=b),
         implementation,
@@ -112,7 +112,7 @@ def quantize_blocks(
     Returns:
         values [..., K, N], scale [..., K / block, N / block].
     """
-    _check(w_KN, block, w_KN.shape[-2:])
+    _check(w_KN, block, 2)
     *lead, k, n = w_KN.shape
 
     def call(b, w):
@@ -143,5 +143,7 @@ def _check(x, block, divided):
     dispatch.check_dtype("x", x.dtype, DTYPES)
     if block < 1:
         raise ValueError(f"{block=} must be positive")
-    for size in divided:
+    if x.ndim < 2 or (divided == 1 and x.ndim > 2):
+        raise ValueError(f"x of shape {x.shape}: expected [M, K]; blocks may have leading axes")
+    for size in x.shape[-divided:]:
         scaled.check_divides("x", x.shape, size, block)

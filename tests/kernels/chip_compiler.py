@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles for TPUs that are absent, with the real compiler, and says what it used."""
 
+import re
 from typing import NamedTuple
 
 import jax
 import pytest
 from jax.experimental import topologies
 
+VMEM = re.compile(r'"scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"\}')
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 

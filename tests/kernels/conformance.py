@@ -29,3 +29,20 @@ def error(got, want) -> float:
     assert got.shape == want.shape, f"{got.shape} {want.shape}"
     norm = np.linalg.norm(want)
     return float(np.linalg.norm(got - want) / norm) if norm else float(np.linalg.norm(got))
+
+
+def of_tiles(x, block: int) -> np.ndarray:
+    """values · scale of tiles 1 × block, float64."""
+    return np.float64(x.values) * np.repeat(np.float64(x.scale), block, -1)
+
+
+def of_blocks(w, block: int) -> np.ndarray:
+    """values · scale of blocks, float64."""
+    return np.float64(w.values) * np.repeat(np.repeat(np.float64(w.scale), block, -2), block, -1)
+
+
+def normal(seed: int, *shape: int, spread: float = 0.0) -> np.ndarray:
+    """float32 normal numbers, each times exp(spread · a normal number): wide ranges of scales."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=shape)
+    return (x * np.exp(spread * rng.normal(size=shape))).astype(np.float32)

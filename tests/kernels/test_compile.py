@@ -26,7 +26,7 @@ BF16, F32 = jnp.bfloat16, jnp.float32
 
 def report(name, chip, call, arguments, *, kernels):
     got = compiled(call, arguments, chip)
-    print(
+    print(  # noqa: T201  (the report, with -s)
         f"\n{chip} {name}: {got.flops:.3g} FLOP, {got.bytes_accessed:.3g} bytes, "
         f"{got.temporaries / 2**20:.0f} MiB of temporaries, {got.kernels} kernels with VMEM limits "
         f"{sorted(got.vmem_limits)} MiB"
