@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every TPU kernel, forward and backward, through the real TPU compiler at DeepSeek-V3's shapes.
+
+Needs `libtpu` (any machine), no TPU. `-s` shows what the compiler reports for each program.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import Backend, shapes
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_linear
+from pallas_kernels.fp8_matmul import fp8_linear
+from pallas_kernels.fp8_quantize import (
+    quantize_blocks,
+    quantize_both,
+    quantize_tiles,
+    quantize_transposed,
+)
+from pallas_kernels.grouped_matmul import grouped_matmul
+from tests.kernels.chip_compiler import TOPOLOGIES, compiled
+
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("chip", TOPOLOGIES)]
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+def report(name, chip, call, arguments, *, kernels):
+    got = compiled(call, arguments, chip)
+    print(  # noqa: T201  (the report, with -s)
+        f"\n{chip} {name}: {got.flops:.3g} FLOP, {got.bytes_accessed:.3g} bytes, "
+        f"{got.temporaries / 2**20:.0f} MiB of temporaries, {got.kernels} kernels with VMEM limits "
+        f"{sorted(got.vmem_limits)} MiB"
+    )
+    assert got.kernels == kernels
+    assert max(got.vmem_limits) <= Backend("tpu", chip).device.on_chip / 2**20
+
+
+def both_ways(layer):
+    """(y, dx, dw) of one layer: nothing for the compiler to leave out."""
+
+    def call(x, w, dy, *sizes):
+        y, pull = jax.vjp(lambda x, w: layer(x, w, *sizes), x, w)
+        return y, pull(dy)
+
+    return call
+
+
+@pytest.mark.parametrize("block", [128, 256])
+@pytest.mark.parametrize("size", [(4096, 7168), (4096, 18432), (1000, 1536), (8, 7168)])
+def test_quantize(chip, size, block):
+    backend = Backend("tpu", chip)
+    options = dict(block=block, power_of_two=True, implementation=backend)
+
+    def call(x):
+        made = [f(x, **options) for f in (quantize_tiles, quantize_transposed, quantize_both)]
+        return made if len(x) % block else (*made, quantize_blocks(x, **options))
+
+    kernels = 3 if size[0] % block else 4
+    for dtype in (BF16, F32):
+        report(f"quantize {size} {block}", chip, call, ((size, dtype),), kernels=kernels)
+
+
+@pytest.mark.parametrize("block", [128, 256])
+@pytest.mark.parametrize("name", ["v3-dense-up", "v3-dense-down", "v3-kv-down", "square-8192"])
+def test_linear(chip, name, block):
+    m, k, n = shapes.MATMUL[name]
+    layer = lambda x, w: fp8_linear(x, w, block=block, implementation=Backend("tpu", chip))  # noqa: E731
+    arguments = (((m, k), BF16), ((k, n), F32), ((m, n), BF16))
+    report(f"fp8_linear {name} {block}", chip, both_ways(layer), arguments, kernels=6)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("name", ["v3-up", "v3-down", "v3-decode-up"])
+def test_grouped(chip, name, dtype):
+    m, k, n, e = shapes.GROUPED[name]
+
+    def layer(x, w, sizes):
+        return grouped_matmul(x, w, sizes, tail=True, implementation=Backend("tpu", chip))
+
+    arguments = (((m, k), dtype), ((e, k, n), dtype), ((m, n), dtype), ((e,), jnp.int32))
+    name = f"grouped_matmul {name} {dtype.__name__}"
+    report(name, chip, both_ways(layer), arguments, kernels=3)
+
+
+@pytest.mark.parametrize("block", [128, 256])
+@pytest.mark.parametrize("name", ["v3-up", "v3-down", "v3-decode-up"])
+def test_fp8_grouped(chip, name, block):
+    m, k, n, e = shapes.GROUPED[name]
+
+    def layer(x, w, sizes):
+        backend = Backend("tpu", chip)
+        return fp8_grouped_linear(x, w, sizes, block=block, tail=True, implementation=backend)
+
+    arguments = (((m, k), BF16), ((e, k, n), F32), ((m, n), BF16), ((e,), jnp.int32))
+    name = f"fp8_grouped_linear {name} {block}"
+    report(name, chip, both_ways(layer), arguments, kernels=6)

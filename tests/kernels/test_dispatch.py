@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing an implementation: an explicit one is never replaced, the device's own may be."""
+
+import pytest
+
+from pallas_kernels import Backend, Unsupported, chips, dispatch, tuning
+
+
+def refuse_kernels(backend):
+    if backend.name != "xla":
+        raise Unsupported("no kernel")
+    return backend
+
+
+def test_on_cpu_the_reference_runs():
+    assert dispatch.run(None, refuse_kernels) == Backend("xla", chip="cpu", explicit=False)
+
+
+def test_the_devices_own_choice_falls_back_to_xla(monkeypatch):
+    monkeypatch.setattr(chips, "present", lambda: ("tpu", "TPU v5 lite"))
+    assert dispatch.resolve(None).name == "tpu"
+    assert dispatch.run(None, refuse_kernels) == Backend("xla", chip="v5e")
+
+
+def test_an_explicit_choice_does_not(monkeypatch):
+    with pytest.raises(Unsupported, match="first device is 'cpu'"):
+        dispatch.run("tpu", refuse_kernels)
+    monkeypatch.setattr(chips, "present", lambda: ("tpu", "TPU7x"))
+    with pytest.raises(Unsupported, match="no kernel"):
+        dispatch.run("tpu", refuse_kernels)
+    with pytest.raises(Unsupported, match="Hopper"):
+        dispatch.resolve("gpu")
+
+
+@pytest.mark.parametrize("wrong", ["cuda", "ref", 3])
+def test_a_name_that_is_none_is_refused(wrong):
+    with pytest.raises(ValueError, match="must be one of"):
+        dispatch.resolve(wrong)
+
+
+def test_a_backend_names_a_known_chip():
+    with pytest.raises(ValueError, match="v5e"):
+        Backend("tpu", chip="v9")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("cpu", "cpu"),
+    ],
+)
+def test_chips_by_the_kind_jax_gives(kind, name):
+    assert chips.named(kind).name == name
+
+
+def test_an_unknown_chip_runs_the_reference(monkeypatch):
+    monkeypatch.setattr(chips, "present", lambda: ("gpu", "NVIDIA A100"))
+    assert dispatch.resolve(None).name == "xla"
+    with pytest.raises(Unsupported, match="A100"):
+        dispatch.resolve("gpu")
+
+
+def test_tiles_explicit_then_table_then_heuristic(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "TABLES", tmp_path)
+    dims = {"m": 64, "k": 128}
+    choose = lambda explicit=None: tuning.choose(  # noqa: E731
+        "op", dims, chip="v5e", explicit=explicit, heuristic=lambda: (1, 1)
+    )
+    assert choose() == (1, 1)
+    tuning.write("v5e", "op", {"k": 128, "m": 64}, (2, 2))
+    tuning.write("v5e", "other", dims, (9, 9))
+    assert choose() == (2, 2)
+    assert choose((3, 3)) == (3, 3)
