@@ -72,10 +72,11 @@ class MoEConfig:
     moe_intermediate_size: int = 2048
     bias_update_speed: float = 0.001  # γ
     balance_loss_alpha: float = 0.0001  # α of the sequence-wise balance loss
+    dispatch_slack: float = 1.5  # rows of an expert-parallel buffer over those of a balanced load
 
     def __post_init__(self):
         positive(self, "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
-        positive(self, "moe_intermediate_size")
+        positive(self, "moe_intermediate_size", "dispatch_slack")
         if self.n_shared_experts < 0:
             raise ValueError(f"model.moe.n_shared_experts must be >= 0: {self.n_shared_experts}")
         if self.n_routed_experts % self.n_group:

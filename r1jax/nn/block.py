@@ -9,7 +9,7 @@ from flax import nnx
 
 from r1jax.nn.layers import RMSNorm
 from r1jax.nn.stats import RouterStats
-from r1jax.sharding import constrain
+from r1jax.sharding import constrain, gather
 
 Entry = tuple[jax.Array, jax.Array]  # what an attention caches: (latent, key) or (key, value)
 
@@ -46,7 +46,8 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             h_BTD = self.attention_norm(x_BTD)
             entry = self.attention.entry(h_BTD, rotation)
-            part = self.attention.Part(*entry, mask_BTS)
+            keys = (gather(x, "batch", "length", *_rest(x), along="length") for x in entry)
+            part = self.attention.Part(*keys, mask_BTS)
             x_BTD = x_BTD + self.attention(h_BTD, rotation, part)
         x_BTD, stats = self._feed_forward(x_BTD, valid_BT)
         return x_BTD, (entry, stats)
@@ -106,6 +107,10 @@ def run_cached(layers: Block, x_BTD, rotation, *, prompt: Entry | None, own: Ent
 
     index_L = jnp.arange(own[0].shape[0])
     return jax.lax.scan(body, (x_BTD, own), (layers, prompt, index_L))[0]
+
+
+def _rest(x: jax.Array) -> tuple[None, ...]:
+    return (None,) * (x.ndim - 2)
 
 
 def _written(cache_LBS: jax.Array, new_BT: jax.Array, layer, index) -> jax.Array:

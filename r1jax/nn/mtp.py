@@ -45,4 +45,4 @@ class MTP(nnx.Module):
 
     def _joined(self, hidden_BTD, next_embed_BTD):
         both = jnp.concatenate([self.hidden_norm(hidden_BTD), self.embed_norm(next_embed_BTD)], -1)
-        return jnp.einsum("bte,ed->btd", both, self.proj[...].astype(both.dtype))
+        return jnp.einsum("bte,ed->btd", both, param.use(self.proj, both.dtype))
