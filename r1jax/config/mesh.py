@@ -58,7 +58,6 @@ class MeshConfig:
             ValueError: names both fields.
         """
         shards = self.fsdp * self.expert * self.context
-        _cut("model.hidden_size", model.hidden_size, "mesh.fsdp × expert × context", shards)
         _cut("model.vocab_size", model.vocab_size, "mesh.tensor", self.tensor)
         _cut("model.intermediate_size", model.intermediate_size, "mesh.tensor", self.tensor)
         if isinstance(model, ModelConfig):
@@ -69,6 +68,7 @@ class MeshConfig:
             _cut("model.mla.num_heads", model.mla.num_heads, "mesh.tensor", self.tensor)
         else:
             _cut("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", self.tensor)
+        _cut("model.hidden_size", model.hidden_size, "mesh.fsdp × expert × context", shards)
         _cut("rows of a micro-batch", rows, "mesh.slices × data × fsdp × expert", self.batch_shards)
         _cut("length", length, "mesh.context", self.context)
 

@@ -15,9 +15,9 @@ def score(
     *,
     temperature: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """`ops.loss.token_logp`; devices that hold the same tokens ("vocab") score a share of them each.
+    """`ops.loss.token_logp` with a whole head. Args and Returns: as there.
 
-    Args and Returns: as there. The head is whole.
+    Devices along the axis of "vocab" hold the same tokens: each scores a share of them.
     """
     shares = count("vocab")
     if shares == 1:
