@@ -78,7 +78,7 @@ class MoE(nnx.Module):
         return y_TD.reshape(b, t, d), stats
 
     def _routed(self, x_TD, index_TK, weight_TK) -> tuple[jax.Array, jax.Array]:
-        """(Σ over the routed experts, 1 if a buffer would have overflown)."""
+        """(Σ over the routed experts, how often a buffer would have overflown)."""
         cfg, dtype = self.router.cfg, x_TD.dtype
         held = (self.w_gate, self.w_up, self.w_down)
 
@@ -87,7 +87,7 @@ class MoE(nnx.Module):
                 count("expert"), index_TK.shape[1], cfg.n_group, cfg.topk_group
             )
             weights = tuple(param.use(w, dtype) for w in held)
-            how = dict(reach=reached, slack=cfg.dispatch_slack)
+            how = dict(reach=reached, slack=cfg.dispatch_slack, pieces=cfg.dispatch_pieces)
             y_TD, overflow = dispatch.dispatch(x_TD, index_TK, weight_TK, weights, **how)
             return total(y_TD, "mlp"), overflow
 

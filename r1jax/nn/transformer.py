@@ -101,9 +101,15 @@ class Transformer(nnx.Module):
         """The MTP module on the main model's output: (hidden for P(t_{i+2}), stats [1, ...])."""
         next_embed = self.embed_tokens(next_tokens_BT)
         mask = mask_of(segments_BT)
-        hidden, stats = self.mtp(
-            hidden_BTD, next_embed, self.rotation(positions_BT), mask, segments_BT > 0
-        )
+        x_BTD = self.mtp.joined(hidden_BTD, next_embed)
+        how = (self.rotation(positions_BT), mask, segments_BT > 0)
+        if self.cfg.remat:  # alone, a module would merge with its second computation: it is scanned
+            one = jax.tree.map(lambda x: x[None], self.mtp.block)
+            x_BTD, (_, stats) = run(one, x_BTD, *how, cfg=self.cfg)
+            stats = jax.tree.map(lambda x: x[0], stats)
+        else:
+            x_BTD, (_, stats) = self.mtp.block(x_BTD, *how)
+        hidden = self.mtp.norm(x_BTD)
         stats = stats._replace(load=total(stats.load, "batch", "length"))
         return hidden, jax.tree.map(lambda x: x[None], stats)
 
@@ -142,9 +148,9 @@ def forward(model, tokens_BT, positions_BT, segments_BT) -> Output:
     mask_BTS, valid_BT = mask_of(segments_BT), segments_BT > 0
     turn = model.rotation(positions_BT)
     x_BTD = model.embed_tokens(tokens_BT)
-    entries, stats, how = [], None, dict(remat=model.cfg.remat, unroll=model.cfg.scan_unroll)
+    entries, stats = [], None
     for layers in model.stacks():
-        x_BTD, (entry, stats) = run(layers, x_BTD, turn, mask_BTS, valid_BT, **how)
+        x_BTD, (entry, stats) = run(layers, x_BTD, turn, mask_BTS, valid_BT, cfg=model.cfg)
         entries.append(entry)
     stats = stats._replace(load=total(stats.load, "batch", "length"))
     return Output(model.norm(x_BTD), tuple(entries), stats)

@@ -105,8 +105,9 @@ def _ragged(x_TD, index_TK, weight_TK, weights, bound):
     rows = x_TD[token]
     gate = real(jax.lax.ragged_dot(rows, w_gate_EDF, sizes))
     up = real(jax.lax.ragged_dot(rows, w_up_EDF, sizes))
-    out = real(jax.lax.ragged_dot(gated(gate, up), w_down_EFD, sizes))
-    out = out * weight_TK.reshape(-1)[order][:, None].astype(x_TD.dtype)
+    # Weighed before the last product: a gradient needs F values of each row then, not D.
+    h = gated(gate, up) * weight_TK.reshape(-1)[order][:, None].astype(x_TD.dtype)
+    out = real(jax.lax.ragged_dot(h, w_down_EFD, sizes))
     return jnp.zeros_like(x_TD).at[token].add(out)
 
 

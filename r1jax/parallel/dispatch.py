@@ -13,6 +13,7 @@ With DeepSeek-V3's node-limited routing (section 2.1.2) a token goes to at most 
 of experts: `reach` ranks, which bounds the rows that are sent.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -63,6 +64,7 @@ def dispatch(
     *,
     reach: int,
     slack: float,
+    pieces: int = 1,
     sparse: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """y_t = Σ_k weight_tk · SwiGLU_{index_tk}(x_t), the experts being spread over the mesh.
@@ -74,11 +76,37 @@ def dispatch(
         weights: of the experts that this device holds.
         reach: ranks that a token may go to at most, see `reach`.
         slack: buffers hold so many times the balanced load.
+        pieces: T is gone through in so many, each dispatched by itself: buffers are that smaller.
         sparse: the way; None lets the platform choose.
 
     Returns:
-        ([T, D] in x's dtype, scalar float32: 1 if a buffer would have overflown, else 0).
+        ([T, D] in x's dtype, scalar float32: pieces whose buffers would have overflown).
     """
+    how = dict(reach=reach, slack=slack, sparse=sparse)
+    if pieces == 1 or count("expert") == 1:
+        return _once(x_TD, index_TK, weight_TK, weights, **how)
+    # What was made of a piece is made again for its gradient, so that one lives at a time. The
+    # gradients of the weights are summed up in float32, whatever they are used in.
+    dtypes, wide = [w.dtype for w in weights], [w.astype(jnp.float32) for w in weights]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(_, piece):
+        narrow = tuple(w.astype(d) for w, d in zip(wide, dtypes, strict=True))
+        return None, _once(*piece, narrow, **how)
+
+    nowhere = count("expert") * weights[0].shape[0]
+    xs = (_cut(x_TD, pieces), _cut(index_TK, pieces, nowhere), _cut(weight_TK, pieces))
+    y, over = jax.lax.scan(one, None, xs)[1]
+    return y.reshape(-1, x_TD.shape[1])[: len(x_TD)], over.sum()
+
+
+def _cut(x: jax.Array, pieces: int, fill: int = 0) -> jax.Array:
+    """[T, ...] → [pieces, ⌈T / pieces⌉, ...]."""
+    short = ((0, -len(x) % pieces),) + ((0, 0),) * (x.ndim - 1)
+    return jnp.pad(x, short, constant_values=fill).reshape(pieces, -1, *x.shape[1:])
+
+
+def _once(x_TD, index_TK, weight_TK, weights, *, reach, slack, sparse):
     ranks, held = count("expert"), weights[0].shape[0]
     none = jnp.float32(0.0)
     if ranks == 1:
@@ -125,12 +153,7 @@ def _gathered(x_TD, index_TK, weight_TK, weights, size: Room):
     t, k = index_TK.shape
     most = max(size.computed // (ranks * min(k, held)), 1)  # tokens of a rank at a time
     pieces = -(-t // most)
-    most = -(-t // pieces)
-    how = choose(most * ranks, k, held * ranks, platform())
-
-    def cut(x, fill=0):
-        short = ((0, pieces * most - t),) + ((0, 0),) * (x.ndim - 1)
-        return jnp.pad(x, short, constant_values=fill).reshape(pieces, most, *x.shape[1:])
+    how = choose(-(-t // pieces) * ranks, k, held * ranks, platform())
 
     def one(_, piece):
         x, index_tK, weight_tK = (jax.lax.all_gather(p, axis, tiled=True) for p in piece)
@@ -138,7 +161,7 @@ def _gathered(x_TD, index_TK, weight_TK, weights, size: Room):
         y = experts(x, mine_tK, weight_tK, weights, implementation=how, rows=rows)
         return None, jax.lax.psum_scatter(y, axis, tiled=True)
 
-    xs = (cut(x_TD), cut(index_TK, ranks * held), cut(weight_TK))
+    xs = (_cut(x_TD, pieces), _cut(index_TK, pieces, ranks * held), _cut(weight_TK, pieces))
     if pieces == 1:
         return one(None, jax.tree.map(lambda x: x[0], xs))[1]
     y = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), None, xs)[1]
