@@ -48,13 +48,22 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` laid out by its logical axes: a constraint on Auto meshes, a reshard on Explicit ones."""
+    """`x` laid out by its logical axes: a constraint on Auto meshes, a reshard on Explicit ones.
+
+    A dimension that its mesh axes do not divide is left whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x
+    where = spec(*axes)
+    even = (
+        n % math.prod(mesh.shape[a] for a in _names((e,))) == 0
+        for n, e in zip(x.shape, where, strict=True)
+    )
+    where = PartitionSpec(*(e if ok else None for e, ok in zip(where, even, strict=True)))
     if mesh.are_all_axes_explicit:
-        return jax.reshard(x, spec(*axes))
-    return jax.lax.with_sharding_constraint(x, spec(*axes))
+        return jax.reshard(x, where)
+    return jax.lax.with_sharding_constraint(x, where)
 
 
 def einsum(equation: str, *args: jax.Array, out: tuple[str | None, ...]) -> jax.Array:

@@ -9,13 +9,15 @@ import optax
 from flax import nnx
 
 from r1jax.config import UpdateConfig
-from r1jax.ops.loss import token_logp
+from r1jax.nn.head import score
+from r1jax.nn.param import specs
 from r1jax.rl.advantages import group_advantages, informative_groups
 from r1jax.rl.objectives import grpo_loss
 from r1jax.rl.reduce import token_weights_sequence_mean
 from r1jax.rl.rollout import Rollout, rows_of
+from r1jax.sharding import automatic, gather, local, spec
 from r1jax.train.program import program
-from r1jax.train.state import Controls, TrainState, accumulate, update
+from r1jax.train.state import Controls, TrainState, accumulate, laid, update
 
 Metrics = dict[str, jax.Array]
 
@@ -30,14 +32,20 @@ def completion_logp(model, rows: dict[str, jax.Array], temperature: jax.Array | 
     Returns:
         (logp_BT, entropy_BT, load_LE), float32, in nats and tokens.
     """
-    out = model(rows["tokens"], rows["positions"], rows["segments"])
-    length = rows["completion"].shape[1]
-    hidden_BTD = out.hidden_BTD[:, -length - 1 : -1]  # token t is predicted one place before it
+    inputs = {name: rows[name] for name in ("tokens", "positions", "segments", "completion")}
+    lies = {name: spec("batch", "length") for name in inputs} | {"completion": spec("batch", None)}
+    out = (spec("batch", None), spec("batch", None), spec())
+    return local(_scores, (specs(model), lies, spec()), out)(model, inputs, temperature)
+
+
+def _scores(model, inputs: dict[str, jax.Array], temperature: jax.Array | float):
+    out = model(inputs["tokens"], inputs["positions"], inputs["segments"])
+    length = inputs["completion"].shape[1]
+    hidden_BTD = gather(out.hidden_BTD, "batch", "length", None, along="length")
+    hidden_BTD = hidden_BTD[:, -length - 1 : -1]  # token t is predicted one place before it
     temperature = jnp.where(temperature > 0, temperature, 1.0)
-    logp_BT, entropy_BT = token_logp(
-        hidden_BTD, model.head_DN(), rows["completion"], temperature=temperature
-    )
-    return logp_BT, entropy_BT, out.stats.load
+    found = score(hidden_BTD, model.head_DN(), inputs["completion"], temperature=temperature)
+    return *found, out.stats.load
 
 
 def micro_batch_loss(
@@ -102,6 +110,12 @@ def grpo_step(
         sampler_error (root mean square difference of log-probabilities), grad_norm, skipped,
         reward, dead_groups (share of groups without a signal), load [L, E].
     """
+    run = functools.partial(_step, cfg=cfg, optimizer=optimizer)
+    whole = automatic(run, lambda state, *_: (laid(state), spec()))
+    return whole(state, ref_params, rollout, reward_B, controls, temperature)
+
+
+def _step(state, ref_params, rollout, reward_B, controls, temperature, *, cfg, optimizer):
     group_size = rollout.tokens_BT.shape[0] // rollout.prompt_PS.shape[0]
     batch = _batch(rollout, group_advantages(reward_B, group_size=group_size))
     batch |= _still_logp(state, ref_params, batch, temperature, cfg=cfg)
