@@ -22,16 +22,43 @@ def adamw(cfg: OptimConfig) -> optax.GradientTransformation:
     Its `update` takes the gradient's norm as `grad_norm`, and what it returns still has to be
     multiplied by −learning rate: see `apply`.
     """
-    return _chain(cfg.clip_norm, cfg.b1, cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
+    return _chain(
+        cfg.clip_norm,
+        cfg.b1,
+        cfg.b2,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+        moment_dtype=cfg.moment_dtype,
+    )
 
 
 @functools.cache  # stages that differ in learning rate only share one compiled step
-def _chain(clip_norm: float, b1: float, b2: float, *, eps: float, weight_decay: float):
+def _chain(clip_norm, b1, b2, *, eps, weight_decay, moment_dtype):
     return optax.chain(
         clip_to_norm(clip_norm),
-        optax.scale_by_adam(b1, b2, eps),
+        stored(optax.scale_by_adam(b1, b2, eps), moment_dtype),
         optax.add_decayed_weights(weight_decay, mask=decayed),
     )
+
+
+def stored(inner: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """`inner` with the floating-point arrays of its state kept in `dtype` between updates.
+
+    It computes in float32: the moments are rounded once an update.
+    """
+    if dtype == "float32":
+        return inner
+    to = lambda dtype: lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+
+    def init(params):
+        return jax.tree.map(to(dtype), inner.init(params))
+
+    def update(updates, state, params=None):
+        wide = jax.tree.map(to(jnp.float32), state)
+        updates, wide = inner.update(updates, wide, params)
+        return updates, jax.tree.map(to(dtype), wide)
+
+    return optax.GradientTransformation(init, update)
 
 
 def clip_to_norm(largest: float) -> optax.GradientTransformationExtraArgs:

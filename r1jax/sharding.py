@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logical axes → mesh axes. The one file that knows of no mesh, an Auto or an Explicit one.
 
-Modules name what an axis *is* ("batch", "embed", "expert"); `RULES` says which mesh axis carries
+Modules name what an axis *is* ("batch", "embed", "expert"); `RULES` says which mesh axes carry
 it. Without a mesh every function here is the identity or a plain `jnp` call.
+
+A training step opens one region with `local`: inside, every device runs the modules on its own
+rows, positions, heads and experts, and what has to cross devices is said with `gather`, `total` and
+`share`. Those three are the identity outside such a region, where XLA partitions by itself.
 """
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-    ("batch", ("data", "fsdp")),
-    ("length", None),
-    ("embed", "fsdp"),
+    ("batch", ("slices", "data", "fsdp", "expert")),
+    ("length", "context"),
+    ("embed", ("fsdp", "expert", "context")),
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
@@ -40,23 +48,30 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` laid out by its logical axes: a constraint on Auto meshes, a reshard on Explicit ones."""
+    """`x` laid out by its logical axes: a constraint on Auto meshes, a reshard on Explicit ones.
+
+    A dimension that its mesh axes do not divide is left whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.manual_axes:
         return x
+    where = spec(*axes)
+    even = (
+        n % math.prod(mesh.shape[a] for a in _names((e,))) == 0
+        for n, e in zip(x.shape, where, strict=True)
+    )
+    where = PartitionSpec(*(e if ok else None for e, ok in zip(where, even, strict=True)))
     if mesh.are_all_axes_explicit:
-        return jax.reshard(x, spec(*axes))
-    return jax.lax.with_sharding_constraint(x, spec(*axes))
+        return jax.reshard(x, where)
+    return jax.lax.with_sharding_constraint(x, where)
 
 
 def einsum(equation: str, *args: jax.Array, out: tuple[str | None, ...]) -> jax.Array:
     """`jnp.einsum` whose result has the logical axes `out`."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jnp.einsum(equation, *args)
-    if mesh.are_all_axes_explicit:
+    if not mesh.empty and mesh.are_all_axes_explicit:
         return jnp.einsum(equation, *args, out_sharding=spec(*out))
-    return jax.lax.with_sharding_constraint(jnp.einsum(equation, *args), spec(*out))
+    return constrain(jnp.einsum(equation, *args), *out)
 
 
 def take(table_ND: jax.Array, index: jax.Array, *axes: str | None) -> jax.Array:
@@ -65,3 +80,109 @@ def take(table_ND: jax.Array, index: jax.Array, *axes: str | None) -> jax.Array:
     if not mesh.empty and mesh.are_all_axes_explicit:
         return table_ND.at[index].get(out_sharding=spec(*axes))
     return constrain(table_ND[index], *axes)
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": of the mesh in force, whose chips need not be there, or the default.
+
+    A program may be compiled for a pod on a machine without one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+# ------------------------------------------------------------- regions where a device sees its own
+
+
+def local(fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`fn` run by every device on its own pieces; `fn` itself where there is nothing to cut.
+
+    Args:
+        fn: takes and returns pytrees of arrays; what it returns must be whole, by `total` or
+            `gather`, along every mesh axis that `out_specs` does not name.
+        in_specs: pytrees of `spec(...)`, one for each argument.
+        out_specs: the same of what it returns.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or mesh.size == 1:
+        return fn
+    run = jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if not mesh.are_all_axes_explicit:
+        return run
+    # Explicit meshes want arguments that lie so already.
+    return lambda *args: run(*jax.tree.map(jax.reshard, args, in_specs))
+
+
+def automatic(fn: Callable, out_specs: Callable[..., Any]) -> Callable:
+    """`fn` with XLA to choose the layouts inside, on Explicit meshes too.
+
+    Args:
+        fn: takes and returns pytrees of arrays.
+        out_specs: the specs of what `fn` returns, from the same arguments.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return fn
+    return lambda *args: jax.sharding.auto_axes(fn, out_sharding=out_specs(*args))(*args)
+
+
+def unpartitioned(axis: str) -> int:
+    """Pieces for a `local` region that an array cut along `axis` asks for; 1 if none is needed.
+
+    That is the number of rows that "batch" must be cut into if the mesh in force cuts `axis`, which
+    XLA is not to partition by itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or all(mesh.shape[n] == 1 for n in _names(spec(axis))):
+        return 1
+    return math.prod(mesh.shape[n] for n in _names(spec("batch")))
+
+
+def _names(where: PartitionSpec) -> tuple[str, ...]:
+    return tuple(n for e in where for n in ((e,) if isinstance(e, str) else e or ()))
+
+
+def carriers(*axes: str) -> tuple[str, ...]:
+    """Mesh axes, larger than 1, that carry the logical `axes` inside a `local` region."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.manual_axes:
+        return ()
+    return tuple(n for n in _names(spec(*axes)) if mesh.shape[n] > 1)
+
+
+def count(*axes: str) -> int:
+    """Pieces that the logical `axes` are cut into inside a `local` region; 1 outside."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[n] for n in carriers(*axes))
+
+
+def index(*axes: str) -> jax.Array | int:
+    """Which of `count(*axes)` pieces this device holds."""
+    names = carriers(*axes)
+    return jax.lax.axis_index(names) if names else 0
+
+
+def gather(x: jax.Array, *axes: str | None, along: str) -> jax.Array:
+    """`x`, whose logical axes are `axes`, whole along one of them."""
+    where = axes.index(along)
+    live = carriers(*(a for a in axes if a is not None))
+    names = tuple(n for n in _names((spec(*axes)[where],)) if n in live)
+    return jax.lax.all_gather(x, names, axis=where, tiled=True) if names else x
+
+
+def total(x: jax.Array, *axes: str) -> jax.Array:
+    """The sum of `x` over all pieces of the logical `axes`."""
+    names = carriers(*axes)
+    return jax.lax.psum(x, names) if names else x
+
+
+def share(x: jax.Array, axis: str) -> jax.Array:
+    """This device's part of the leading dimension of an array that all along `axis` hold.
+
+    `gather(y, axis, ..., along=axis)` puts what was made of the parts together.
+    """
+    pieces = count(axis)
+    if pieces == 1:
+        return x
+    size = x.shape[0] // pieces
+    return jax.lax.dynamic_slice_in_dim(x, index(axis) * size, size)

@@ -150,7 +150,11 @@ def oversized(name: str, source: str, file_lines: int) -> list[str]:
             if lines > FUNCTION_LINES:
                 found.append(f"{name}:{node.lineno} {node.name}: {lines} lines")
             by_keyword = node.name.startswith("test_")  # pytest fills these in by name
-            if not by_keyword and (positional > POSITIONAL_ARGUMENTS or all_ > ALL_ARGUMENTS):
+            # Pallas gives a kernel one reference for each operand, by position.
+            by_operand = name.startswith("pallas_kernels/") and node.name.endswith("kernel")
+            if not (by_keyword or by_operand) and (
+                positional > POSITIONAL_ARGUMENTS or all_ > ALL_ARGUMENTS
+            ):
                 found.append(f"{name}:{node.lineno} {node.name}: {positional} of {all_} positional")
     return found
 

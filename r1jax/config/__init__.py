@@ -5,6 +5,7 @@ Only programs (`r1jax.train`, `r1jax.eval`) see the whole; a module is given its
 sub-config and an op is given scalars.
 """
 
+from r1jax.config.mesh import MeshConfig
 from r1jax.config.model import DenseConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from r1jax.config.presets import laptop_model, laptop_student, quickstart
 from r1jax.config.recipe import EvalConfig, RecipeConfig, RejectionConfig, StudentsConfig
@@ -59,6 +60,7 @@ __all__ = [
     "EvalConfig",
     "GRPOConfig",
     "MLAConfig",
+    "MeshConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",

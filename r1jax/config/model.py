@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 
 from r1jax.config.check import activations, positive
 
+REMAT_NAMES = ("layer_input", "entry", "attention_out")
+"""What a layer that is computed again may keep: its input (kept anyway, unless offloaded), what its
+attention caches, and what its attention adds."""
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -72,10 +76,12 @@ class MoEConfig:
     moe_intermediate_size: int = 2048
     bias_update_speed: float = 0.001  # γ
     balance_loss_alpha: float = 0.0001  # α of the sequence-wise balance loss
+    dispatch_slack: float = 1.5  # rows of an expert-parallel buffer over those of a balanced load
+    dispatch_pieces: int = 1  # that a device's tokens are sent to other devices' experts in
 
     def __post_init__(self):
         positive(self, "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
-        positive(self, "moe_intermediate_size")
+        positive(self, "moe_intermediate_size", "dispatch_slack", "dispatch_pieces")
         if self.n_shared_experts < 0:
             raise ValueError(f"model.moe.n_shared_experts must be >= 0: {self.n_shared_experts}")
         if self.n_routed_experts % self.n_group:
@@ -116,7 +122,9 @@ class ModelConfig:
     init_std: float = 0.006
     mtp_depth: int = 1
     dtype: str = "bfloat16"  # of activations; parameters are float32
-    remat: bool = True
+    remat: bool = True  # layers are computed again for their gradient
+    remat_saved: tuple[str, ...] = ()  # of `REMAT_NAMES`: kept all the same
+    remat_offloaded: tuple[str, ...] = ()  # of them: kept in the host's memory
     scan_unroll: int = 1  # layers in one turn of a stack's scan: more run and compile as one
     rope: RopeConfig = field(default_factory=lambda: RopeConfig(factor=40.0))
     mla: MLAConfig = field(default_factory=MLAConfig)
@@ -126,6 +134,7 @@ class ModelConfig:
         positive(self, "vocab_size", "num_layers", "hidden_size", "intermediate_size")
         positive(self, "max_position", "init_std", "scan_unroll")
         activations(self.dtype, "model.dtype")
+        _named(self, "model.")
         if not 0 <= self.first_k_dense < self.num_layers:
             raise ValueError(
                 f"model.first_k_dense={self.first_k_dense} must be in [0, model.num_layers="
@@ -154,6 +163,8 @@ class DenseConfig:
     init_std: float = 0.02
     dtype: str = "bfloat16"
     remat: bool = True
+    remat_saved: tuple[str, ...] = ()
+    remat_offloaded: tuple[str, ...] = ()
     scan_unroll: int = 1
     rope: RopeConfig = field(default_factory=lambda: RopeConfig(theta=1e6))
 
@@ -162,9 +173,19 @@ class DenseConfig:
         positive(self, "num_heads", "num_kv_heads", "head_dim", "max_position", "init_std")
         positive(self, "scan_unroll")
         activations(self.dtype, "dtype")
+        _named(self, "")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be divisible by num_kv_heads={self.num_kv_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even (rotary halves), got {self.head_dim}")
+
+
+def _named(cfg: ModelConfig | DenseConfig, path: str) -> None:
+    for field_name in ("remat_saved", "remat_offloaded"):
+        for name in vars(cfg)[field_name]:
+            if name not in REMAT_NAMES:
+                raise ValueError(f"{path}{field_name} must be of {REMAT_NAMES}, got {name!r}")
+    if both := set(cfg.remat_saved) & set(cfg.remat_offloaded):
+        raise ValueError(f"{path}remat_saved and remat_offloaded both name {sorted(both)}")

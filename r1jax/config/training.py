@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from r1jax.config.check import divides, fraction, one_of, positive
+from r1jax.config.check import activations, divides, fraction, one_of, positive
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,11 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    moment_dtype: str = "float32"  # of Adam's moments; "bfloat16" as DeepSeek-V3 (section 3.3.2)
 
     def __post_init__(self):
         positive(self, "eps", "clip_norm")
+        activations(self.moment_dtype, "optim.moment_dtype")
         fraction(self, "b1", "b2", "final_fraction")
         if self.learning_rate < 0 or self.warmup_steps < 0 or self.weight_decay < 0:
             raise ValueError("optim.learning_rate, warmup_steps and weight_decay must be >= 0")

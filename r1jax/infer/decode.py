@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.nn.block import Entry, Step, run_cached
+from r1jax.sharding import constrain
 
 
 class Prompt(NamedTuple):
@@ -45,9 +46,12 @@ def prefill(model, tokens_PS: jax.Array, valid_PS: jax.Array) -> Prompt:
 
 def empty_cache(prompt: Prompt, rows: int, length: int) -> tuple[Entry, ...]:
     """Own caches for `rows` rows of `length` new tokens, shaped like the prompt's entries."""
-    return jax.tree.map(
-        lambda x: jnp.zeros((x.shape[0], rows, length, *x.shape[3:]), x.dtype), prompt.entries
-    )
+
+    def blank(x):
+        zeros = jnp.zeros((x.shape[0], rows, length, *x.shape[3:]), x.dtype)
+        return constrain(zeros, "layers", "batch", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(blank, prompt.entries)
 
 
 def step(model, token_B: jax.Array, prompt: Prompt, own: tuple[Entry, ...], index: jax.Array):

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """One decoder layer, and stacks of them under `jax.lax.scan`: in full, and a cached step."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from r1jax.config import DenseConfig, ModelConfig
 from r1jax.nn.layers import RMSNorm
 from r1jax.nn.stats import RouterStats
-from r1jax.sharding import constrain
+from r1jax.sharding import constrain, gather
 
 Entry = tuple[jax.Array, jax.Array]  # what an attention caches: (latent, key) or (key, value)
 
@@ -43,11 +46,14 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, rotation, mask_BTS: jax.Array, valid_BT: jax.Array
     ) -> tuple[jax.Array, tuple[Entry, RouterStats]]:
+        x_BTD = checkpoint_name(x_BTD, "layer_input")
         with jax.named_scope("attention"):
             h_BTD = self.attention_norm(x_BTD)
-            entry = self.attention.entry(h_BTD, rotation)
-            part = self.attention.Part(*entry, mask_BTS)
-            x_BTD = x_BTD + self.attention(h_BTD, rotation, part)
+            entry = checkpoint_name(self.attention.entry(h_BTD, rotation), "entry")
+            keys = (gather(x, "batch", "length", *_rest(x), along="length") for x in entry)
+            part = self.attention.Part(*keys, mask_BTS)
+            added_BTD = self.attention(h_BTD, rotation, part)
+            x_BTD = x_BTD + checkpoint_name(added_BTD, "attention_out")
         x_BTD, stats = self._feed_forward(x_BTD, valid_BT)
         return x_BTD, (entry, stats)
 
@@ -83,14 +89,30 @@ class Block(nnx.Module):
         return constrain(x_BTD + y_BTD, "batch", "length", "embed"), stats
 
 
-def run(layers: Block, x_BTD, rotation, mask_BTS, valid_BT, *, remat: bool, unroll: int):
+def run(layers: Block, x_BTD, rotation, mask_BTS, valid_BT, *, cfg: ModelConfig | DenseConfig):
     """A stack of layers in full: (x_BTD, (entries [L, B, T, ...], RouterStats [L, ...]))."""
 
     def body(x, layer):
         return layer(x, rotation, mask_BTS, valid_BT)
 
-    body = jax.checkpoint(body, prevent_cse=False) if remat else body
-    return jax.lax.scan(body, x_BTD, layers, unroll=unroll)
+    return jax.lax.scan(remade(body, cfg), x_BTD, layers, unroll=cfg.scan_unroll)
+
+
+def remade(layer: Callable, cfg: ModelConfig | DenseConfig) -> Callable:
+    """`layer`, computed again for its gradient if the config says so. For bodies of scans."""
+    return jax.checkpoint(layer, prevent_cse=False, policy=_kept(cfg)) if cfg.remat else layer
+
+
+def _kept(cfg: ModelConfig | DenseConfig):
+    """The policy of what is not computed again."""
+    if not cfg.remat_offloaded:
+        return jax.checkpoint_policies.save_only_these_names(*cfg.remat_saved)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(cfg.remat_saved),
+        names_which_can_be_offloaded=list(cfg.remat_offloaded),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def run_cached(layers: Block, x_BTD, rotation, *, prompt: Entry | None, own: Entry, step: Step):
@@ -106,6 +128,10 @@ def run_cached(layers: Block, x_BTD, rotation, *, prompt: Entry | None, own: Ent
 
     index_L = jnp.arange(own[0].shape[0])
     return jax.lax.scan(body, (x_BTD, own), (layers, prompt, index_L))[0]
+
+
+def _rest(x: jax.Array) -> tuple[None, ...]:
+    return (None,) * (x.ndim - 2)
 
 
 def _written(cache_LBS: jax.Array, new_BT: jax.Array, layer, index) -> jax.Array:

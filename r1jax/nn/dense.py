@@ -10,9 +10,11 @@ from r1jax.nn import param
 from r1jax.nn.block import Block
 from r1jax.nn.layers import RMSNorm, SwiGLU
 from r1jax.nn.mla import Rotation
+from r1jax.nn.param import use
 from r1jax.nn.transformer import Output, embed, forward, rotation_of
 from r1jax.ops.attention import KVPart, gqa
 from r1jax.ops.rope import rotate_half
+from r1jax.sharding import total
 
 
 class GQA(nnx.Module):
@@ -40,8 +42,8 @@ class GQA(nnx.Module):
 
     def entry(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
         """What is cached of each token: (rotated key, value), each [B, T, J, K]."""
-        k_BTJK = jnp.einsum("btd,djk->btjk", x_BTD, self.w_k[...].astype(x_BTD.dtype))
-        v_BTJK = jnp.einsum("btd,djk->btjk", x_BTD, self.w_v[...].astype(x_BTD.dtype))
+        k_BTJK = jnp.einsum("btd,djk->btjk", x_BTD, use(self.w_k, x_BTD.dtype))
+        v_BTJK = jnp.einsum("btd,djk->btjk", x_BTD, use(self.w_v, x_BTD.dtype))
         if self.biased:
             k_BTJK = k_BTJK + self.b_k[...].astype(x_BTD.dtype)
             v_BTJK = v_BTJK + self.b_v[...].astype(x_BTD.dtype)
@@ -53,13 +55,13 @@ class GQA(nnx.Module):
         return self.cached(x_BTD, rotation, (part,))
 
     def cached(self, x_BTD: jax.Array, rotation: Rotation, parts: tuple[KVPart, ...]) -> jax.Array:
-        q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, self.w_q[...].astype(x_BTD.dtype))
+        q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, use(self.w_q, x_BTD.dtype))
         if self.biased:
             q_BTHK = q_BTHK + self.b_q[...].astype(x_BTD.dtype)
         if self.normed:
             q_BTHK = self.q_norm(q_BTHK)
         out_BTHK = gqa(_rotate(q_BTHK, rotation), parts, scale=self.scale)
-        return jnp.einsum("bthk,hkd->btd", out_BTHK, self.w_o[...].astype(x_BTD.dtype))
+        return total(jnp.einsum("bthk,hkd->btd", out_BTHK, use(self.w_o, x_BTD.dtype)), "heads")
 
 
 def _rotate(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
@@ -90,10 +92,12 @@ class DenseTransformer(nnx.Module):
         return (self.layers,)
 
     def head_DN(self) -> jax.Array:
-        return self.embed[...].T if self.cfg.tie_embeddings else self.head[...]
+        tied = self.cfg.tie_embeddings
+        weight = param.whole(self.embed if tied else self.head, self.cfg.dtype)
+        return weight.T if tied else weight
 
     def embed_tokens(self, tokens_BT: jax.Array) -> jax.Array:
-        return embed(self.embed[...], tokens_BT, self.cfg.dtype)
+        return embed(param.whole(self.embed, self.cfg.dtype), tokens_BT, self.cfg.dtype)
 
     def rotation(self, positions_BT: jax.Array) -> Rotation:
         return rotation_of(self.cfg.rope, self.cfg.head_dim, positions_BT)

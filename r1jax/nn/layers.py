@@ -9,6 +9,7 @@ from r1jax.nn import param
 from r1jax.nn.stats import RouterStats
 from r1jax.ops.mlp import swiglu
 from r1jax.ops.norm import rms_norm
+from r1jax.sharding import total
 
 
 class RMSNorm(nnx.Module):
@@ -32,8 +33,10 @@ class SwiGLU(nnx.Module):
 
     def mix(self, x: jax.Array) -> jax.Array:
         """[..., D] → [..., D]."""
-        return swiglu(x, self.w_gate[...], self.w_up[...], self.w_down[...])
+        weights = (param.use(w, x.dtype) for w in (self.w_gate, self.w_up, self.w_down))
+        return total(swiglu(x, *weights), "mlp")
 
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
         """The feed-forward interface of a block; a dense one has no router and no loads."""
-        return self.mix(x_BTD), RouterStats(jnp.zeros((0,)), jnp.zeros(x_BTD.shape[0]))
+        none = RouterStats(jnp.zeros((0,)), jnp.zeros(x_BTD.shape[0]), jnp.float32(0.0))
+        return self.mix(x_BTD), none

@@ -8,8 +8,10 @@ from flax import nnx
 from r1jax.config import MLAConfig, RopeConfig
 from r1jax.nn import param
 from r1jax.nn.layers import RMSNorm
+from r1jax.nn.param import use
 from r1jax.ops.attention import LatentPart, mla_absorbed, mla_naive
 from r1jax.ops.rope import rotate_interleaved, yarn_mscale
+from r1jax.sharding import total
 
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin, each [B, T, R/2]
 
@@ -43,33 +45,36 @@ class MLA(nnx.Module):
 
     def entry(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
         """What is cached of each token: (latent c_BTC, rotated shared key k_rope_BTR)."""
-        c_BTC = self.kv_norm(jnp.einsum("btd,dc->btc", x_BTD, self.w_dkv[...].astype(x_BTD.dtype)))
-        k_BTR = jnp.einsum("btd,dr->btr", x_BTD, self.w_kr[...].astype(x_BTD.dtype))
+        c_BTC = self.kv_norm(jnp.einsum("btd,dc->btc", x_BTD, use(self.w_dkv, x_BTD.dtype)))
+        k_BTR = jnp.einsum("btd,dr->btr", x_BTD, use(self.w_kr, x_BTD.dtype))
         return c_BTC, rotate_interleaved(k_BTR, *rotation)
 
     def query(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
         """(q_nope_BTHK, q_rope_BTHR): the part without position, and the rotated part."""
         dtype = x_BTD.dtype
         if self.full_query:
-            q = jnp.einsum("btd,dhk->bthk", x_BTD, self.w_q[...].astype(dtype))
+            q = jnp.einsum("btd,dhk->bthk", x_BTD, use(self.w_q, dtype))
         else:
-            q = self.q_norm(jnp.einsum("btd,dq->btq", x_BTD, self.w_dq[...].astype(dtype)))
-            q = jnp.einsum("btq,qhk->bthk", q, self.w_uq[...].astype(dtype))
+            q = self.q_norm(jnp.einsum("btd,dq->btq", x_BTD, use(self.w_dq, dtype)))
+            q = jnp.einsum("btq,qhk->bthk", q, use(self.w_uq, dtype))
         q_nope_BTHK, q_rope_BTHR = q[..., : self.nope_dim], q[..., self.nope_dim :]
         cos, sin = rotation
         return q_nope_BTHK, rotate_interleaved(q_rope_BTHR, cos[:, :, None], sin[:, :, None])
 
     def __call__(self, x_BTD: jax.Array, rotation: Rotation, part: LatentPart) -> jax.Array:
         """Attention over one part as long as the queries, keys expanded: training and prefill."""
-        q = self.query(x_BTD, rotation)
-        out = mla_naive(*q, part, self.w_uk[...], self.w_uv[...], scale=self.scale)
+        q, dtype = self.query(x_BTD, rotation), x_BTD.dtype
+        w_uk_CHK, w_uv_CHV = use(self.w_uk, dtype), use(self.w_uv, dtype)
+        out = mla_naive(*q, part, w_uk_CHK, w_uv_CHV, scale=self.scale)
         return self._project(out)
 
     def cached(self, x_BTD: jax.Array, rotation: Rotation, parts: tuple[LatentPart, ...]):
         """Attention over cached latents, absorbed: for decoding."""
-        q = self.query(x_BTD, rotation)
-        out = mla_absorbed(*q, parts, self.w_uk[...], self.w_uv[...], scale=self.scale)
+        q, dtype = self.query(x_BTD, rotation), x_BTD.dtype
+        w_uk_CHK, w_uv_CHV = use(self.w_uk, dtype), use(self.w_uv, dtype)
+        out = mla_absorbed(*q, parts, w_uk_CHK, w_uv_CHV, scale=self.scale)
         return self._project(out)
 
     def _project(self, out_BTHV: jax.Array) -> jax.Array:
-        return jnp.einsum("bthv,hvd->btd", out_BTHV, self.w_o[...].astype(out_BTHV.dtype))
+        w_o_HVD = use(self.w_o, out_BTHV.dtype)
+        return total(jnp.einsum("bthv,hvd->btd", out_BTHV, w_o_HVD), "heads")

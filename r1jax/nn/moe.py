@@ -9,8 +9,9 @@ from r1jax.config import MoEConfig
 from r1jax.nn import param
 from r1jax.nn.layers import SwiGLU
 from r1jax.nn.stats import RouterStats
-from r1jax.ops.experts import experts
 from r1jax.ops.routing import Routing, expert_load, route, sequence_balance_loss
+from r1jax.parallel import dispatch
+from r1jax.sharding import count, local, spec, total, unpartitioned
 
 
 class Router(nnx.Module):
@@ -26,7 +27,7 @@ class Router(nnx.Module):
         logits_TE = jnp.einsum(
             "td,de->te",
             x_TD.astype(jnp.float32),
-            self.weight[...],
+            param.use(self.weight, jnp.float32),
             precision=jax.lax.Precision.HIGHEST,  # accelerators would multiply in fewer bits
         )
         return route(
@@ -59,8 +60,7 @@ class MoE(nnx.Module):
         with jax.named_scope("router"):
             routing = self.router(x_TD)
         with jax.named_scope("routed_experts"):
-            weights = (self.w_gate[...], self.w_up[...], self.w_down[...])
-            y_TD = experts(x_TD, routing.index_TK, routing.weight_TK, weights)
+            y_TD, overflow = self._routed(x_TD, routing.index_TK, routing.weight_TK)
         if self.n_shared:
             with jax.named_scope("shared_experts"):
                 y_TD = y_TD + self.shared.mix(x_TD)
@@ -68,7 +68,36 @@ class MoE(nnx.Module):
         stats = RouterStats(
             expert_load(routing.index_TK, valid_BT.reshape(-1), n_experts),
             sequence_balance_loss(
-                routing.affinity_TE.reshape(b, t, -1), routing.index_TK.reshape(b, t, -1), valid_BT
+                routing.affinity_TE.reshape(b, t, -1),
+                routing.index_TK.reshape(b, t, -1),
+                valid_BT,
+                total=lambda x: total(x, "length"),
             ),
+            overflow,
         )
         return y_TD.reshape(b, t, d), stats
+
+    def _routed(self, x_TD, index_TK, weight_TK) -> tuple[jax.Array, jax.Array]:
+        """(Σ over the routed experts, how often a buffer would have overflown)."""
+        cfg, dtype = self.router.cfg, x_TD.dtype
+        held = (self.w_gate, self.w_up, self.w_down)
+
+        def run(x_TD, index_TK, weight_TK, held):
+            reached = dispatch.reach(
+                count("expert"), index_TK.shape[1], cfg.n_group, cfg.topk_group
+            )
+            weights = tuple(param.use(w, dtype) for w in held)
+            how = dict(reach=reached, slack=cfg.dispatch_slack, pieces=cfg.dispatch_pieces)
+            y_TD, overflow = dispatch.dispatch(x_TD, index_TK, weight_TK, weights, **how)
+            return total(y_TD, "mlp"), overflow
+
+        pieces = unpartitioned("expert")
+        if pieces == 1:
+            return run(x_TD, index_TK, weight_TK, held)
+        # XLA is partitioning, as in decoding: experts are dealt out all the same.
+        short = -len(x_TD) % pieces
+        padded = lambda x, fill=0: jnp.pad(x, ((0, short), (0, 0)), constant_values=fill)  # noqa: E731
+        rows = (padded(x_TD), padded(index_TK, cfg.n_routed_experts), padded(weight_TK))
+        cut = (spec("batch", None),) * 3
+        y_TD, overflow = local(run, (*cut, param.specs(held)), (cut[0], spec()))(*rows, held)
+        return y_TD[: len(x_TD)], overflow

@@ -21,12 +21,6 @@ class MTP(nnx.Module):
         self.block = block
         self.norm = RMSNorm(dim, eps=eps)
 
-    def __call__(self, hidden_BTD, next_embed_BTD, rotation, mask_BTS, valid_BT):
-        """(hidden_BTD that the shared head turns into P(t_{i+2}), RouterStats of its block)."""
-        x_BTD = self._joined(hidden_BTD, next_embed_BTD)
-        x_BTD, (_, stats) = self.block(x_BTD, rotation, mask_BTS, valid_BT)
-        return self.norm(x_BTD), stats
-
     def cached(
         self,
         hidden_BTD,
@@ -39,10 +33,12 @@ class MTP(nnx.Module):
     ):
         """The same for new positions over the module's own cache, and one shared by several rows
         where there is one: (hidden_BTD, own)."""
-        x_BTD = self._joined(hidden_BTD, next_embed_BTD)
+        x_BTD = self.joined(hidden_BTD, next_embed_BTD)
         x_BTD, own = self.block.cached(x_BTD, rotation, prompt, own, step)
         return self.norm(x_BTD), own
 
-    def _joined(self, hidden_BTD, next_embed_BTD):
+    def joined(self, hidden_BTD, next_embed_BTD):
+        """What the block is given; `norm` of what it returns is what the shared head turns into
+        P(t_{i+2})."""
         both = jnp.concatenate([self.hidden_norm(hidden_BTD), self.embed_norm(next_embed_BTD)], -1)
-        return jnp.einsum("bte,ed->btd", both, self.proj[...].astype(both.dtype))
+        return jnp.einsum("bte,ed->btd", both, param.use(self.proj, both.dtype))

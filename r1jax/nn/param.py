@@ -12,6 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
+
+from r1jax.sharding import carriers, gather, spec
 
 POOLED = 1 << 20  # parameters up to this size share one draw
 
@@ -61,6 +64,44 @@ def initialise(module: nnx.Module, key: jax.Array) -> nnx.Module:
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, variables), rest)
 
 
+def use(variable: nnx.Variable, dtype: Any, *along: str) -> jax.Array:
+    """A parameter as a layer computes with it: cast, and whole along its axes `along`.
+
+    It is cast before it crosses devices, so bfloat16 halves what a layer's weights, and the
+    gradients that come back, cost the network.
+
+    Args:
+        variable: of a module, or of one layer inside a stack's scan.
+        dtype: of the activations.
+        along: logical axes to be made whole; "embed" if none is named.
+    """
+    x, axes = variable[...].astype(dtype), _axes(variable)
+    for axis in along or ("embed",):
+        if axis in axes:
+            x = gather(x, *axes, along=axis)
+    return x
+
+
+def whole(variable: nnx.Variable, dtype: Any) -> jax.Array:
+    """A parameter whole along every axis, float32: for the embedding and the head.
+
+    Where it crosses devices it is rounded to `dtype`, which is what it is used in; what many tokens
+    do to its gradient is summed in float32 before that is rounded and crosses devices in turn.
+    """
+    named = [axis for axis in variable.out_sharding if axis is not None]
+    if not carriers(*named):
+        return variable[...]
+    return use(variable, dtype, *named).astype(jnp.float32)
+
+
+def specs(tree: Any) -> Any:
+    """The tree with a `PartitionSpec` for each array: by the logical axes of its variable, under
+    the mesh in force; an array that is in no variable is whole everywhere."""
+    leaves = jax.tree.leaves(tree, is_leaf=_is_variable)
+    found = [spec(*_axes(x)) if _is_variable(x) else PartitionSpec() for x in leaves]
+    return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
 def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:
     """{dotted path, as `moe_layers.attention.w_uk`: variable} of a module."""
     flat, _ = jax.tree_util.tree_flatten_with_path(nnx.state(module), is_leaf=_is_variable)
@@ -72,6 +113,12 @@ def filled(module: nnx.Module, values: Mapping[str, Any]) -> nnx.Module:
     graphdef, state = nnx.split(module)
     put = lambda path, variable: variable.replace(values[_dotted(path)])  # noqa: E731
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(put, state, is_leaf=_is_variable))
+
+
+def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    """Logical axes; of one layer inside a stack's scan without "layers"."""
+    axes = variable.out_sharding
+    return axes[len(axes) - len(variable.shape) :]
 
 
 def _is_variable(x: Any) -> bool:

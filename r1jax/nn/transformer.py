@@ -23,7 +23,7 @@ from r1jax.ops.rope import (
     yarn_frequencies,
     yarn_mscale,
 )
-from r1jax.sharding import take
+from r1jax.sharding import gather, index, take, total
 
 
 class Output(NamedTuple):
@@ -77,10 +77,10 @@ class Transformer(nnx.Module):
         )
 
     def head_DN(self) -> jax.Array:
-        return self.head[...]
+        return param.whole(self.head, self.cfg.dtype)
 
     def embed_tokens(self, tokens_BT: jax.Array) -> jax.Array:
-        return embed(self.embed[...], tokens_BT, self.cfg.dtype)
+        return embed(param.whole(self.embed, self.cfg.dtype), tokens_BT, self.cfg.dtype)
 
     def rotation(self, positions_BT: jax.Array) -> Rotation:
         return rotation_of(self.cfg.rope, self.cfg.mla.qk_rope_head_dim, positions_BT)
@@ -100,10 +100,17 @@ class Transformer(nnx.Module):
     def predict_second(self, hidden_BTD, next_tokens_BT, positions_BT, segments_BT):
         """The MTP module on the main model's output: (hidden for P(t_{i+2}), stats [1, ...])."""
         next_embed = self.embed_tokens(next_tokens_BT)
-        mask = causal_mask(segments_BT)
-        hidden, stats = self.mtp(
-            hidden_BTD, next_embed, self.rotation(positions_BT), mask, segments_BT > 0
-        )
+        mask = mask_of(segments_BT)
+        x_BTD = self.mtp.joined(hidden_BTD, next_embed)
+        how = (self.rotation(positions_BT), mask, segments_BT > 0)
+        if self.cfg.remat:  # alone, a module would merge with its second computation: it is scanned
+            one = jax.tree.map(lambda x: x[None], self.mtp.block)
+            x_BTD, (_, stats) = run(one, x_BTD, *how, cfg=self.cfg)
+            stats = jax.tree.map(lambda x: x[0], stats)
+        else:
+            x_BTD, (_, stats) = self.mtp.block(x_BTD, *how)
+        hidden = self.mtp.norm(x_BTD)
+        stats = stats._replace(load=total(stats.load, "batch", "length"))
         return hidden, jax.tree.map(lambda x: x[None], stats)
 
 
@@ -130,13 +137,20 @@ def rotation_of(rope: RopeConfig, dim: int, positions_BT: jax.Array) -> Rotation
     return rotation(positions_BT, inv_freq, scale)
 
 
+def mask_of(segments_BT: jax.Array) -> jax.Array:
+    """[B, T, S]: what each query may attend to in its row, whole also where rows are cut."""
+    keys_BS = gather(segments_BT, "batch", "length", along="length")
+    return causal_mask(segments_BT, keys_BS, start=index("length") * segments_BT.shape[1])
+
+
 def forward(model, tokens_BT, positions_BT, segments_BT) -> Output:
     """The full pass of any decoder made of stacks: this model or a dense student."""
-    mask_BTS, valid_BT = causal_mask(segments_BT), segments_BT > 0
+    mask_BTS, valid_BT = mask_of(segments_BT), segments_BT > 0
     turn = model.rotation(positions_BT)
     x_BTD = model.embed_tokens(tokens_BT)
-    entries, stats, how = [], None, dict(remat=model.cfg.remat, unroll=model.cfg.scan_unroll)
+    entries, stats = [], None
     for layers in model.stacks():
-        x_BTD, (entry, stats) = run(layers, x_BTD, turn, mask_BTS, valid_BT, **how)
+        x_BTD, (entry, stats) = run(layers, x_BTD, turn, mask_BTS, valid_BT, cfg=model.cfg)
         entries.append(entry)
+    stats = stats._replace(load=total(stats.load, "batch", "length"))
     return Output(model.norm(x_BTD), tuple(entries), stats)

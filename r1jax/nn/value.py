@@ -20,7 +20,7 @@ class Valued(nnx.Module):
         """Args: the decoder; the deviation that the head is drawn with, 0 for values of 0."""
         self.decoder = decoder
         dim = decoder.cfg.hidden_size
-        self.value_head = param.normal((dim,), ("embed",), std)
+        self.value_head = param.normal((dim,), (None,), std)
         self.value_bias = param.constant(0.0, (), ())
 
     def __call__(

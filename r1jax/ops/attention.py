@@ -42,12 +42,20 @@ class KVPart(NamedTuple):
     mask_BTS: jax.Array
 
 
-def causal_mask(segments_BT: jax.Array) -> jax.Array:
-    """[B, T, T] mask: key not after the query, in the same segment; segment 0 is padding."""
-    length = segments_BT.shape[1]
-    causal_TT = jnp.tril(jnp.ones((length, length), bool))
-    same = segments_BT[:, :, None] == segments_BT[:, None, :]
-    return causal_TT & same & (segments_BT > 0)[:, None, :]
+def causal_mask(
+    segments_BT: jax.Array, keys_BS: jax.Array | None = None, *, start: jax.Array | int = 0
+) -> jax.Array:
+    """[B, T, S] mask: key not after the query, in the same segment; segment 0 is padding.
+
+    Args:
+        segments_BT: [B, T] segments of the queries.
+        keys_BS: [B, S] those of the keys; the queries' own if not given.
+        start: key that the first query is.
+    """
+    keys_BS = segments_BT if keys_BS is None else keys_BS
+    query_T, key_S = start + jnp.arange(segments_BT.shape[1]), jnp.arange(keys_BS.shape[1])
+    same = segments_BT[:, :, None] == keys_BS[:, None, :]
+    return (key_S <= query_T[:, None]) & same & (keys_BS > 0)[:, None, :]
 
 
 def mla_naive(

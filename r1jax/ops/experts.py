@@ -49,15 +49,17 @@ def experts(
     weights: tuple[jax.Array, jax.Array, jax.Array],
     *,
     implementation: str | None = None,
+    rows: int | None = None,
 ) -> jax.Array:
     """y_t = Σ_k weight_tk · SwiGLU_{index_tk}(x_t) (DeepSeek-V3 eq. 12).
 
     Args:
         x_TD: [T, D] tokens.
-        index_TK: [T, K] int32 chosen experts.
+        index_TK: [T, K] int32 chosen experts; E for one that is not here and adds nothing.
         weight_TK: [T, K] float32 mixing weights.
         weights: (w_gate_EDF, w_up_EDF, w_down_EFD).
         implementation: "ragged", "tiled", "dense" or None to choose by backend and shape.
+        rows: at most so many (token, expert) pairs are here; None if all T·K are.
 
     Returns:
         [T, D] in x's dtype.
@@ -72,9 +74,9 @@ def experts(
     if implementation == "dense":
         return _dense(x_TD, index_TK, weight_TK, weights)
     if implementation == "ragged":
-        return _ragged(x_TD, index_TK, weight_TK, weights)
+        return _ragged(x_TD, index_TK, weight_TK, weights, rows)
     if implementation == "tiled":
-        return _tiled(x_TD, index_TK, weight_TK, weights)
+        return _tiled(x_TD, index_TK, weight_TK, weights, rows)
     raise ValueError(f"{implementation=} must be 'ragged', 'tiled', 'dense' or None")
 
 
@@ -93,25 +95,35 @@ def _dense(x_TD, index_TK, weight_TK, weights):
     return h.reshape(-1, e * f) @ w_down_EFD.reshape(e * f, d)
 
 
-def _ragged(x_TD, index_TK, weight_TK, weights):
+def _ragged(x_TD, index_TK, weight_TK, weights, bound):
     w_gate_EDF, w_up_EDF, w_down_EFD = weights
     order, token, sizes = _sort(index_TK, w_gate_EDF.shape[0])
+    order, token = order[:bound], token[:bound]
+    # Rows behind the last expert's are whatever the backend left there.
+    real_M1 = (jnp.arange(len(order)) < sizes.sum())[:, None]
+    real = lambda x: x if bound is None else jnp.where(real_M1, x, 0)  # noqa: E731
     rows = x_TD[token]
-    gate = jax.lax.ragged_dot(rows, w_gate_EDF, sizes)
-    up = jax.lax.ragged_dot(rows, w_up_EDF, sizes)
-    out = jax.lax.ragged_dot(gated(gate, up), w_down_EFD, sizes)
-    out = out * weight_TK.reshape(-1)[order][:, None].astype(x_TD.dtype)
+    gate = real(jax.lax.ragged_dot(rows, w_gate_EDF, sizes))
+    up = real(jax.lax.ragged_dot(rows, w_up_EDF, sizes))
+    # Weighed before the last product: a gradient needs F values of each row then, not D.
+    h = gated(gate, up) * weight_TK.reshape(-1)[order][:, None].astype(x_TD.dtype)
+    out = real(jax.lax.ragged_dot(h, w_down_EFD, sizes))
     return jnp.zeros_like(x_TD).at[token].add(out)
 
 
-def _tiled(x_TD, index_TK, weight_TK, weights):
+def _tiled(x_TD, index_TK, weight_TK, weights, bound):
     w_gate_EDF, w_up_EDF, w_down_EFD = weights
     e = w_gate_EDF.shape[0]
     (t, k), d = index_TK.shape, x_TD.shape[1]
     order, token, sizes = _sort(index_TK, e)
     tile_rows = tile(t * k / e, d, w_gate_EDF.shape[2])
-    slot_M, expert_I = tile_slots(index_TK.reshape(-1)[order], sizes, tile_rows)
+    order, token = order[:bound], token[:bound]
+    expert_M, weight_M = index_TK.reshape(-1)[order], weight_TK.reshape(-1)[order]
+    slot_M, expert_I = tile_slots(expert_M, sizes, tile_rows)
     n_tiles = expert_I.shape[0]
+    if bound is not None:  # those that are not here are written nowhere and weigh nothing
+        slot_M = jnp.where(expert_M < e, slot_M, n_tiles * tile_rows + jnp.arange(len(order)))
+        weight_M = jnp.where(expert_M < e, weight_M, 0.0)
     rows = (
         jnp.zeros((n_tiles * tile_rows, d), x_TD.dtype)
         .at[slot_M]
@@ -120,8 +132,11 @@ def _tiled(x_TD, index_TK, weight_TK, weights):
     rows = rows.reshape(n_tiles, tile_rows, d)
     up = lambda w: jnp.einsum("ird,idf->irf", rows, w[expert_I])  # noqa: E731
     h = gated(up(w_gate_EDF), up(w_up_EDF))
-    out = jnp.einsum("irf,ifd->ird", h, w_down_EFD[expert_I]).reshape(-1, d)[slot_M]
-    out = out * weight_TK.reshape(-1)[order][:, None].astype(x_TD.dtype)
+    out = jnp.einsum("irf,ifd->ird", h, w_down_EFD[expert_I]).reshape(-1, d)
+    out = out.at[slot_M].get(mode="clip" if bound else None)
+    out = out * weight_M[:, None].astype(x_TD.dtype)
+    if bound is not None:
+        return jnp.zeros_like(x_TD).at[token].add(out)
     back = jnp.argsort(order)
     return out[back].reshape(t, k, d).sum(1)
 

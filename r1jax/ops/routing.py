@@ -4,6 +4,7 @@
 DeepSeek-V3 (arXiv 2412.19437) section 2.1.2; auxiliary-loss-free balancing (arXiv 2408.15664).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -89,7 +90,11 @@ def balance_bias(bias_E: jax.Array, load_E: jax.Array, speed: jax.Array | float)
 
 
 def sequence_balance_loss(
-    affinity_BTE: jax.Array, index_BTK: jax.Array, valid_BT: jax.Array
+    affinity_BTE: jax.Array,
+    index_BTK: jax.Array,
+    valid_BT: jax.Array,
+    *,
+    total: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> jax.Array:
     """Complementary sequence-wise balance loss, without its α (DeepSeek-V3 eq. 17–20).
 
@@ -100,15 +105,17 @@ def sequence_balance_loss(
         affinity_BTE: [B, T, E] sigmoid affinities.
         index_BTK: [B, T, K] chosen experts.
         valid_BT: [B, T] 1 for a real token, 0 for padding.
+        total: adds up what the pieces of a row have found, where T is only a piece of it.
 
     Returns:
         [B] float32, 1 under a perfect balance of loads or of affinities; 0 for an empty row.
     """
     n_experts, k = affinity_BTE.shape[-1], index_BTK.shape[-1]
     valid_BT = valid_BT.astype(jnp.float32)
-    count_B1 = jnp.maximum(valid_BT.sum(-1, keepdims=True), 1.0)
+    count_B1 = jnp.maximum(total(valid_BT.sum(-1, keepdims=True)), 1.0)
     chosen_BTE = jax.nn.one_hot(index_BTK, n_experts, dtype=jnp.float32).sum(2)
-    f_BE = jnp.einsum("bte,bt->be", chosen_BTE, valid_BT) * n_experts / (k * count_B1)
+    times_BE = total(jnp.einsum("bte,bt->be", chosen_BTE, valid_BT))
+    f_BE = times_BE * n_experts / (k * count_B1)
     share_BTE = affinity_BTE / (affinity_BTE.sum(-1, keepdims=True) + 1e-20)
-    p_BE = jnp.einsum("bte,bt->be", share_BTE, valid_BT) / count_B1
+    p_BE = total(jnp.einsum("bte,bt->be", share_BTE, valid_BT)) / count_B1
     return (jax.lax.stop_gradient(f_BE) * p_BE).sum(-1)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from r1jax.infer.decode import Prompt, empty_cache, positions_of, prefill, step
 from r1jax.infer.sample import Sample, sample
+from r1jax.sharding import automatic, spec
 
 
 class Rollout(NamedTuple):
@@ -72,6 +73,28 @@ def rollout(
     rows, n_prompts = temperature_B.shape[0], prompt_PS.shape[0]
     if rows % n_prompts:
         raise ValueError(f"{rows} rows must be a multiple of the {n_prompts} prompts (group_size)")
+    rules = dict(max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=pad_id)
+    run = functools.partial(_rollout, **rules, top_k=top_k, top_p=top_p)
+    row, rows = spec("batch"), spec("batch", None)
+    lies = Rollout(spec(), spec(), rows, rows, rows, rows, row)
+    whole = automatic(run, lambda *_: lies)
+    return whole(model, prompt_PS, prompt_valid_PS, key, temperature_B)
+
+
+def _rollout(
+    model,
+    prompt_PS,
+    prompt_valid_PS,
+    key,
+    temperature_B,
+    *,
+    max_new_tokens,
+    eos_id,
+    pad_id,
+    top_k,
+    top_p,
+) -> Rollout:
+    rows = temperature_B.shape[0]
     with jax.named_scope("prefill"):
         prompt = prefill(model, prompt_PS, prompt_valid_PS)
     draw = functools.partial(_draw, temperature_B=temperature_B, top_k=top_k, top_p=top_p)

@@ -9,49 +9,16 @@ import optax
 from flax import nnx
 
 from r1jax.config import UpdateConfig
-from r1jax.ops.loss import token_logp
 from r1jax.rl.advantages import informative_groups
 from r1jax.rl.ratio import truncated_importance_weight
 from r1jax.rl.rollout import Rollout, rows_of
+from r1jax.sharding import automatic, spec
+from r1jax.train.forward import completion_logp
 from r1jax.train.objective import Objective, objective_of
 from r1jax.train.program import program
-from r1jax.train.state import Controls, TrainState, accumulate, update
+from r1jax.train.state import Controls, TrainState, accumulate, laid, update
 
 Metrics = dict[str, jax.Array]
-
-
-def completion_hidden(model, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Final hidden states that predict the completion's tokens, and the expert loads of the pass.
-
-    Args:
-        rows: tokens, positions, segments [B, S + T]; completion [B, T].
-
-    Returns:
-        (hidden [B, T, D], load [L, E]).
-    """
-    out = model(rows["tokens"], rows["positions"], rows["segments"])
-    length = rows["completion"].shape[1]
-    return out.hidden_BTD[:, -length - 1 : -1], out.stats.load  # t is predicted one place before it
-
-
-def completion_logp(model, rows: dict[str, jax.Array], temperature: jax.Array | float):
-    """Log-probabilities and entropies of completion tokens, and the expert loads of the pass.
-
-    Args:
-        rows: as in `completion_hidden`.
-        temperature: the sampler's; 0 (greedy) is scored at 1.
-
-    Returns:
-        (logp_BT, entropy_BT, load_LE), float32, in nats and tokens.
-    """
-    hidden_BTD, load_LE = completion_hidden(model, rows)
-    return *logp_of(model, hidden_BTD, rows, temperature), load_LE
-
-
-def logp_of(model, hidden_BTD: jax.Array, rows: dict[str, jax.Array], temperature):
-    """(logp_BT, entropy_BT) of completion tokens from the hidden states that predict them."""
-    temperature = jnp.where(temperature > 0, temperature, 1.0)
-    return token_logp(hidden_BTD, model.head_DN(), rows["completion"], temperature=temperature)
 
 
 def micro_batch_loss(
@@ -120,6 +87,13 @@ def grpo_step(
     Returns:
         (state, metrics): those of `report_of`, reward, dead_groups (share without a signal).
     """
+    run = functools.partial(_step, cfg=cfg, optimizer=optimizer)
+    whole = automatic(run, lambda state, *_: (laid(state), spec()))
+    return whole(state, ref_params, (rollout, reward_B, temperature), controls)
+
+
+def _step(state, ref_params, sampled, controls, *, cfg, optimizer):
+    rollout, reward_B, temperature = sampled
     group_size = rollout.tokens_BT.shape[0] // rollout.prompt_PS.shape[0]
     objective, batch = objective_of(cfg), rows_to_train(rollout)
     old = cfg.minibatches * cfg.epochs > 1 or (objective.kl_in_reward and cfg.beta > 0)

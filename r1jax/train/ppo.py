@@ -20,12 +20,12 @@ from r1jax.rl.ppo import PPOBatch, explained_variance, ppo_batch, ppo_policy_los
 from r1jax.rl.reduce import token_weights_token_mean
 from r1jax.rl.returns import token_rewards
 from r1jax.rl.rollout import Rollout
+from r1jax.sharding import automatic, spec
+from r1jax.train.forward import completion_both, completion_logp, completion_values
 from r1jax.train.grpo import (
     Metrics,
     by_piece,
-    completion_hidden,
     in_updates,
-    logp_of,
     report_of,
     rows_to_train,
     sampling_sums,
@@ -33,7 +33,7 @@ from r1jax.train.grpo import (
     weighed,
 )
 from r1jax.train.program import program
-from r1jax.train.state import Controls, TrainState, accumulate, update
+from r1jax.train.state import Controls, TrainState, accumulate, laid, update
 
 
 class ActorCritic(NamedTuple):
@@ -78,10 +78,19 @@ def ppo_step(
         (both, metrics): those of `grpo.report_of` for the policy, reward, and value_loss,
         explained_variance, value_grad_norm, value_clip for the critic.
     """
+    how = dict(cfg=cfg, optimizer=optimizer, value_optimizer=value_optimizer)
+    run = automatic(
+        functools.partial(_own, **how), lambda both, *_: (ActorCritic(*map(laid, both)), spec())
+    )
+    return run(both, ref_params, (rollout, reward_B, temperature), controls)
+
+
+def _own(both, ref_params, sampled, controls, *, cfg, **optimizers):
+    rollout, reward_B, temperature = sampled
     batch, pieces = rows_to_train(rollout), cfg.minibatches * cfg.micro_batches
     batch |= still_logp(both.actor, ref_params, batch, temperature, pieces=pieces, old=True)
     model = both.critic.model()
-    value = by_piece(lambda rows: row_values(model, rows)[0], batch, pieces)
+    value = by_piece(lambda rows: completion_values(model, rows)[0], batch, pieces)
     batch |= estimates(batch, value.reshape(batch["mask"].shape), reward_B, cfg)
 
     def one_update(both, minibatch):
@@ -89,21 +98,24 @@ def ppo_step(
 
         def actor_loss(params, micro):
             model = both.actor.model(params)
-            hidden_BTD, load_LE = completion_hidden(model, micro)
-            loss, sums = _policy_loss(model, hidden_BTD, micro, temperature, cfg)
+            logp_BT, entropy_BT, load_LE = completion_logp(model, micro, temperature)
+            loss, sums = _policy_loss(logp_BT, entropy_BT, micro, cfg)
             return loss, sums | {"loss": loss, "load": load_LE}
 
         def critic_loss(params, micro):
-            value_BT, load_LE = row_values(both.critic.model(params), micro)
+            value_BT, load_LE = completion_values(both.critic.model(params), micro)
             loss, sums = _value_loss(value_BT, micro, cfg)
             return loss, sums | {"value_load": load_LE}
 
         grads, sums = accumulate(actor_loss, both.actor.params, minibatch)
         value_grads, value_sums = accumulate(critic_loss, both.critic.params, minibatch)
-        actor, report = update(both.actor, grads, sums["load"], controls.actor, optimizer)
-        critic, value_report = update(
-            both.critic, value_grads, value_sums.pop("value_load"), controls.critic, value_optimizer
+        actor, report = update(
+            both.actor, grads, sums["load"], controls.actor, optimizers["optimizer"]
         )
+        critic, value_report = update(
+            both.critic, value_grads, value_sums.pop("value_load"), controls.critic,
+            optimizers["value_optimizer"],
+        )  # fmt: skip
         sums |= value_sums | {"value_grad_norm": value_report["grad_norm"]} | report
         sums["skipped"] += value_report["skipped"]
         return ActorCritic(actor, critic), sums
@@ -131,22 +143,29 @@ def shared_ppo_step(
         ref_params: parameters of such a model, or None; the value head is not looked at.
         value_weight: c1.
     """
+    how = dict(cfg=cfg, optimizer=optimizer, value_weight=value_weight)
+    run = automatic(functools.partial(_shared, **how), lambda state, *_: (laid(state), spec()))
+    return run(state, ref_params, (rollout, reward_B, temperature), controls)
+
+
+def _shared(state, ref_params, sampled, controls, *, cfg, optimizer, value_weight):
+    rollout, reward_B, temperature = sampled
     batch, pieces = rows_to_train(rollout), cfg.minibatches * cfg.micro_batches
     before = policy_of(state)
     reference = None if ref_params is None else policy_of(_with(state, ref_params)).params
     batch |= still_logp(before, reference, batch, temperature, pieces=pieces, old=True)
     model = state.model()
-    value = by_piece(lambda rows: row_values(model, rows)[0], batch, pieces)
+    value = by_piece(lambda rows: completion_values(model, rows)[0], batch, pieces)
     batch |= estimates(batch, value.reshape(batch["mask"].shape), reward_B, cfg)
 
     def one_update(state, minibatch):
         minibatch = weighed(minibatch, token_weights_token_mean)
 
         def loss_fn(params, micro):
-            model = state.model(params)
-            hidden_BTD, load_LE = completion_hidden(model, micro)
-            loss, sums = _policy_loss(model.decoder, hidden_BTD, micro, temperature, cfg)
-            critic, value_sums = _value_loss(model.values(hidden_BTD), micro, cfg)
+            found = completion_both(state.model(params), micro, temperature)
+            logp_BT, entropy_BT, value_BT, load_LE = found
+            loss, sums = _policy_loss(logp_BT, entropy_BT, micro, cfg)
+            critic, value_sums = _value_loss(value_BT, micro, cfg)
             return loss + value_weight * critic, sums | value_sums | {"loss": loss, "load": load_LE}
 
         grads, sums = accumulate(loss_fn, state.params, minibatch)
@@ -159,12 +178,6 @@ def shared_ppo_step(
 
 def _with(state: TrainState, params: nnx.State) -> TrainState:
     return TrainState(state.step, params, state.router, (), state.graphdef)
-
-
-def row_values(model, rows: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """V of the state that each completion token was produced in [B, T], and expert loads."""
-    hidden_BTD, load_LE = completion_hidden(model, rows)
-    return model.values(hidden_BTD), load_LE
 
 
 def estimates(
@@ -183,8 +196,7 @@ def estimates(
     }
 
 
-def _policy_loss(model, hidden_BTD, micro, temperature, cfg: PPOUpdateConfig):
-    logp_BT, entropy_BT = logp_of(model, hidden_BTD, micro, temperature)
+def _policy_loss(logp_BT, entropy_BT, micro, cfg: PPOUpdateConfig):
     loss, sums = ppo_policy_loss(
         logp_BT, micro["old_logp"], None, micro["advantage"], micro["mask"],
         clip_low=cfg.clip_low, clip_high=cfg.clip_high, weight_BT=micro["weight"],

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from r1jax import optim
-from r1jax.nn.param import RouterBias, initialise
+from r1jax.nn.param import RouterBias, initialise, specs
 from r1jax.ops.routing import balance_bias
 
 
@@ -47,14 +47,22 @@ def create(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
 ) -> TrainState:
-    """A fresh state of the module that `make()` builds, its parameters drawn."""
+    """A fresh state of the module that `make()` builds, its parameters drawn where they lie."""
 
     @jax.jit
     def init(key):
         graphdef, params, router = nnx.split(initialise(make(), key), nnx.Param, RouterBias)
         return TrainState(jnp.int32(0), params, router, optimizer.init(params), graphdef)
 
-    return init(key)
+    if jax.sharding.get_abstract_mesh().empty:
+        return init(key)
+    return jax.jit(init, out_shardings=specs(jax.eval_shape(init, key)))(key)
+
+
+def laid(state: TrainState) -> TrainState:
+    """A `PartitionSpec` for each array of a state: parameters, their moments and router biases by
+    their logical axes, under the mesh in force."""
+    return specs(state)
 
 
 def restart(state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:

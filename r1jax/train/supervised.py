@@ -12,10 +12,13 @@ import numpy as np
 import optax
 
 from r1jax.config import ModelConfig
-from r1jax.ops.loss import token_logp
+from r1jax.nn.head import score
+from r1jax.nn.param import specs
+from r1jax.nn.stats import RouterStats
 from r1jax.rl.objectives import sft_loss
+from r1jax.sharding import automatic, local, spec
 from r1jax.train.program import program
-from r1jax.train.state import Controls, TrainState, accumulate, update
+from r1jax.train.state import Controls, TrainState, accumulate, laid, update
 
 Batch = dict[str, jax.Array]  # tokens, targets, positions, segments, mask: [B, T]
 
@@ -37,33 +40,51 @@ def shifted(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return ahead(batch["targets"]), ahead(batch["mask"]) * same
 
 
+INPUTS = ("tokens", "positions", "segments", "targets", "second_targets")  # of the model
+
+
+def scores(model, inputs: Batch) -> tuple[tuple[jax.Array, ...], RouterStats]:
+    """One device's part of the forward pass.
+
+    Returns:
+        (log P(target) [B, T], and with an MTP module log P(second target)); stats of all routers.
+    """
+    out = model(inputs["tokens"], inputs["positions"], inputs["segments"])
+    head_DN, stats = model.head_DN(), out.stats
+    logps = (score(out.hidden_BTD, head_DN, inputs["targets"])[0],)
+    if model.has_mtp:
+        hidden_BTD, own = model.predict_second(
+            out.hidden_BTD, inputs["targets"], inputs["positions"], inputs["segments"]
+        )
+        logps += (score(hidden_BTD, head_DN, inputs["second_targets"])[0],)
+        stats = jax.tree.map(lambda *x: jnp.concatenate(x), stats, own)
+    return logps, stats
+
+
 def supervised_loss(model, batch: Batch, totals: Batch, *, mtp_weight: float):
     """Weighted sum of the three losses over one micro-batch, and metrics as sums.
 
     L = mean NLL + λ · mean NLL of the second next token (eq. 24, 25) + α · mean over rows of the
     balance loss (eq. 17); `totals` hold the whole batch's counts, so micro-batches add up.
     """
-    out = model(batch["tokens"], batch["positions"], batch["segments"])
-    head_DN = model.head_DN()
-    logp_BT, _ = token_logp(out.hidden_BTD, head_DN, batch["targets"])
+    targets_BT, mask_BT = shifted(batch)
+    run = local(
+        scores,
+        (specs(model), {k: spec("batch", "length") for k in INPUTS}),
+        (spec("batch", "length"), RouterStats(spec(), spec(None, "batch"), spec())),
+    )
+    logps, stats = run(model, {k: batch.get(k, targets_BT) for k in INPUTS})
     weight_BT = batch["mask"] / totals["mask"]
-    loss, metrics = sft_loss(logp_BT, batch["mask"], weight_BT=weight_BT)
-    load_LE, balance = out.stats
+    loss, metrics = sft_loss(logps[0], batch["mask"], weight_BT=weight_BT)
     if isinstance(model.cfg, ModelConfig):
         if model.cfg.mtp_depth:
-            targets_BT, mask_BT = shifted(batch)
-            hidden_BTD, stats = model.predict_second(
-                out.hidden_BTD, batch["targets"], batch["positions"], batch["segments"]
-            )
-            logp_BT, _ = token_logp(hidden_BTD, head_DN, targets_BT)
-            mtp, mtp_metrics = sft_loss(logp_BT, mask_BT, weight_BT=mask_BT / totals["second"])
+            mtp, mtp_metrics = sft_loss(logps[1], mask_BT, weight_BT=mask_BT / totals["second"])
             loss += mtp_weight * mtp
             metrics |= {f"mtp_{k}": v for k, v in mtp_metrics.items()}
-            load_LE = jnp.concatenate([load_LE, stats.load])
-            balance = jnp.concatenate([balance, stats.balance])
-        loss += model.cfg.moe.balance_loss_alpha * balance.sum() / totals["rows"]
-        metrics["balance"] = balance.sum() / totals["rows"]
-    return loss, metrics | {"load": load_LE}
+        balance = stats.balance.sum() / totals["rows"]
+        loss += model.cfg.moe.balance_loss_alpha * balance
+        metrics |= {"balance": balance, "overflow": stats.overflow.sum()}
+    return loss, metrics | {"load": stats.load}
 
 
 def supervised_step(
@@ -77,9 +98,14 @@ def supervised_step(
     """One update from micro-batches [M, B, T]: gradient, clip, AdamW, router bias, metrics.
 
     Returns:
-        (state, metrics): loss (nats a token), mtp_loss, balance, tokens, grad_norm, skipped and
-        load [L, E].
+        (state, metrics): loss (nats a token), mtp_loss, balance, tokens, grad_norm, skipped,
+        overflow (layers that took the dispatch for any load) and load [L, E].
     """
+    run = functools.partial(_step, optimizer=optimizer, mtp_weight=mtp_weight)
+    return automatic(run, lambda state, *_: (laid(state), spec()))(state, batch, controls)
+
+
+def _step(state, batch, controls, *, optimizer, mtp_weight):
     flat = {k: v.reshape(-1, v.shape[-1]) for k, v in batch.items()}
     totals = {
         "mask": jnp.maximum(batch["mask"].sum(), 1.0),
@@ -101,7 +127,7 @@ def supervised_step(
     if "mtp_nll" in sums:
         metrics["mtp_loss"] = sums["mtp_nll"] / totals["second"]
     if "balance" in sums:
-        metrics["balance"] = sums["balance"]
+        metrics |= {"balance": sums["balance"], "overflow": sums["overflow"]}
     return state, metrics
 
 

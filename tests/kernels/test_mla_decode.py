@@ -262,7 +262,7 @@ def test_the_gradient_of_the_reference_is_that_of_attention():
     got, want = (
         jax.jit(jax.grad(lambda *x: jnp.sin(f(*x)).sum(), argnums=(0, 1, 2, 3)))(
             *queries, *cache[:2]
-        )  # noqa: B023
+        )
         for f in (paged, dense)
     )
     for a, b in zip(got, want, strict=True):

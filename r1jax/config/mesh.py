@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many devices carry which axis of a mesh, and whether a model and a batch can be cut so."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from r1jax.config.check import positive
+from r1jax.config.model import DenseConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; their product is the number of devices. All 1: one device.
+
+    Attributes:
+        slices: groups of devices without a fast network between them; copies of the parameters.
+        data: copies of the parameters inside a slice.
+        fsdp: devices that the parameters, their moments and gradients are cut over, and the batch.
+        expert: devices that the routed experts are dealt out to; all other parameters and the batch
+            are cut over them as over `fsdp`.
+        tensor: devices that heads and hidden units are cut over.
+        context: devices that the positions of a row are cut over, and parameters as over `fsdp`.
+    """
+
+    slices: int = 1
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    def __post_init__(self):
+        positive(self, *(f.name for f in dataclasses.fields(self)))
+
+    def sizes(self) -> dict[str, int]:
+        """{axis: size} in the order of the mesh, slowest network first."""
+        return dataclasses.asdict(self)
+
+    @property
+    def batch_shards(self) -> int:
+        """Pieces that the rows of a batch are cut into."""
+        return self.slices * self.data * self.fsdp * self.expert
+
+    @property
+    def devices(self) -> int:
+        """Devices of the whole mesh."""
+        return self.batch_shards * self.tensor * self.context
+
+    def check(self, model: ModelConfig | DenseConfig, *, rows: int, length: int) -> None:
+        """Refuses a mesh that cuts an axis unevenly.
+
+        Args:
+            model: the architecture.
+            rows: of one micro-batch.
+            length: positions of a row.
+
+        Raises:
+            ValueError: names both fields.
+        """
+        shards = self.fsdp * self.expert * self.context
+        _cut("model.vocab_size", model.vocab_size, "mesh.tensor", self.tensor)
+        _cut("model.intermediate_size", model.intermediate_size, "mesh.tensor", self.tensor)
+        if isinstance(model, ModelConfig):
+            moe = model.moe
+            _cut("model.moe.n_routed_experts", moe.n_routed_experts, "mesh.expert", self.expert)
+            hidden = moe.moe_intermediate_size
+            _cut("model.moe.moe_intermediate_size", hidden, "mesh.tensor", self.tensor)
+            _cut("model.mla.num_heads", model.mla.num_heads, "mesh.tensor", self.tensor)
+        else:
+            _cut("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", self.tensor)
+        _cut("model.hidden_size", model.hidden_size, "mesh.fsdp × expert × context", shards)
+        _cut("rows of a micro-batch", rows, "mesh.slices × data × fsdp × expert", self.batch_shards)
+        _cut("length", length, "mesh.context", self.context)
+
+
+def _cut(name: str, size: int, axis: str, pieces: int) -> None:
+    if size % pieces:
+        raise ValueError(f"{name}={size} must be divisible by {axis}={pieces}; change one of them")

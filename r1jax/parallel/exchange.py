@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of uneven number between the devices of a mesh axis, and back: index arithmetic, one move.
+
+A token is sent once to each rank that holds some of its experts, however many it holds. The rows
+that a rank sends lie in the order (receiver, token), those it has received in (sender, token).
+`counts_nn[s, r]`, the rows that rank s sends to rank r, says the rest; its transpose is the way
+back.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Slots(NamedTuple):
+    """Where the tokens of a rank stand among the rows that it sends.
+
+    Attributes:
+        slot_TK: [T, K] int32 row that carries token t to the rank of its k-th expert; S where an
+            earlier k has sent it there.
+        token_S: [S] int32 token of each row, T for a row that is not used.
+        count_n: [n] int32 rows for each rank.
+    """
+
+    slot_TK: jax.Array
+    token_S: jax.Array
+    count_n: jax.Array
+
+
+class Way(NamedTuple):
+    """The four arguments of `jax.lax.ragged_all_to_all`, [n] int32 each: where the rows for each
+    rank begin here, how many they are, where they begin there, and how many come from it."""
+
+    begin_n: jax.Array
+    send_n: jax.Array
+    there_n: jax.Array
+    receive_n: jax.Array
+
+
+def slots(rank_TK: jax.Array, n: int, size: int) -> Slots:
+    """Deals tokens out to ranks.
+
+    Args:
+        rank_TK: [T, K] int32 rank of each chosen expert; n for a choice that goes nowhere.
+        n: ranks.
+        size: S, rows of the buffer: at least T times the ranks that a token may go to.
+    """
+    t, k = rank_TK.shape
+    earlier = jnp.tril(jnp.ones((k, k), bool), -1)
+    again_TK = ((rank_TK[:, :, None] == rank_TK[:, None, :]) & earlier).any(-1)
+    goes_Tn = (rank_TK[:, :, None] == jnp.arange(n)).any(1).astype(jnp.int32)
+    count_n = goes_Tn.sum(0)
+    place_Tn = jnp.cumsum(count_n) - count_n + jnp.cumsum(goes_Tn, 0) - 1
+    place_TK = jnp.take_along_axis(place_Tn, jnp.minimum(rank_TK, n - 1), axis=1)
+    slot_TK = jnp.where(again_TK | (rank_TK >= n), size, place_TK)
+    token_TK = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[:, None], (t, k))
+    token_S = jnp.full(size, t, jnp.int32).at[slot_TK].set(token_TK, mode="drop")
+    return Slots(slot_TK, token_S, count_n)
+
+
+def way(counts_nn: jax.Array, me: jax.Array | int) -> Way:
+    """How rank `me` sends and receives; `way(counts_nn.T, me)` brings everything back."""
+    n = counts_nn.shape[0]
+    send_n, receive_n = counts_nn[me], counts_nn[:, me]
+    before_n = jnp.where(jnp.arange(n)[:, None] < me, counts_nn, 0).sum(0, dtype=jnp.int32)
+    return Way(jnp.cumsum(send_n) - send_n, send_n, before_n, receive_n)
+
+
+def sources(counts_nn: jax.Array, me: jax.Array | int, size: int):
+    """Where each row that rank `me` receives comes from.
+
+    Returns:
+        (rank_R, row_R, real_R): the sender, the row of its buffer, and whether there is such a row.
+    """
+    receive_n = counts_nn[:, me]
+    end_n = jnp.cumsum(receive_n)
+    row_R = jnp.arange(size)
+    rank_R = jnp.minimum(jnp.searchsorted(end_n, row_R, side="right"), len(end_n) - 1)
+    there_nn = jnp.cumsum(counts_nn, 1) - counts_nn
+    begin_R = (end_n - receive_n)[rank_R]
+    return rank_R, there_nn[rank_R, me] + row_R - begin_R, row_R < end_n[-1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def exchange(x_SD: jax.Array, counts_nn: jax.Array, size: int, axis: str, ragged: bool):
+    """Every rank's rows to where they go: [S, D] → [size, D]. Rows that nobody sends are 0.
+
+    Args:
+        x_SD: rows in the order (receiver, ...).
+        counts_nn: [n, n] rows from each rank to each; no rank receives more than `size`.
+        size: rows of the result.
+        axis: mesh axis of the ranks.
+        ragged: by `jax.lax.ragged_all_to_all`, which XLA:CPU lacks; otherwise every rank sees all
+            rows and picks its own: the same, for tests.
+    """
+    me = jax.lax.axis_index(axis)
+    if ragged:
+        blank = jnp.zeros((size, *x_SD.shape[1:]), x_SD.dtype)
+        return jax.lax.ragged_all_to_all(x_SD, blank, *way(counts_nn, me), axis_name=axis)
+    rank_R, row_R, real_R = sources(counts_nn, me, size)
+    found = jax.lax.all_gather(x_SD, axis)[rank_R, row_R]
+    return jnp.where(real_R.reshape(-1, *(1,) * (x_SD.ndim - 1)), found, 0)
+
+
+def _exchange_forward(x_SD, counts_nn, size, axis, ragged):
+    return exchange(x_SD, counts_nn, size, axis, ragged), (counts_nn, len(x_SD))
+
+
+def _exchange_backward(size, axis, ragged, residuals, given):
+    counts_nn, rows = residuals
+    return exchange(given, counts_nn.T, rows, axis, ragged), None
+
+
+exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+@jax.custom_vjp
+def laid_out(x_TD: jax.Array, where: Slots) -> jax.Array:
+    """[T, D] → [S, D]: tokens at their rows; rows that are not used hold some token.
+
+    Its gradient is `summed`: K gathers, where XLA would scatter.
+    """
+    return x_TD.at[where.token_S].get(mode="clip")
+
+
+@jax.custom_vjp
+def summed(x_SD: jax.Array, where: Slots) -> jax.Array:
+    """[S, D] → [T, D]: the sum of each token's rows, in float32."""
+    size = len(x_SD)
+
+    def kth(k):
+        slot_T = where.slot_TK[:, k]
+        row_TD = x_SD.at[slot_T].get(mode="clip").astype(jnp.float32)
+        return jnp.where((slot_T < size)[:, None], row_TD, 0.0)
+
+    return sum(kth(k) for k in range(where.slot_TK.shape[1])).astype(x_SD.dtype)
+
+
+def _summed_backward(where: Slots, given):
+    used_S1 = (where.token_S < len(given))[:, None]
+    return jnp.where(used_S1, laid_out(given, where), 0), None
+
+
+laid_out.defvjp(lambda x, where: (laid_out(x, where), where), lambda w, g: (summed(g, w), None))
+summed.defvjp(lambda x, where: (summed(x, where), where), _summed_backward)

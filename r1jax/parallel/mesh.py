@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Meshes of devices, and how wide each axis should be for a model on so many of them."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from r1jax.config import DenseConfig, MeshConfig, ModelConfig
+
+WIDEST = 64  # ranks that experts are dealt out to; DeepSeek-V3 was trained on 64 (section 3.2)
+
+
+def make_mesh(
+    cfg: MeshConfig,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    axis_type: AxisType = AxisType.Auto,
+) -> Mesh:
+    """The mesh of a config; axes that talk most lie closest.
+
+    Args:
+        cfg: sizes of the axes.
+        devices: those of a topology that is compiled for, or all that there are.
+        axis_type: Auto or Explicit; a training step runs on both.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if cfg.devices != len(devices):
+        sizes = " × ".join(f"{name}={size}" for name, size in cfg.sizes().items() if size > 1)
+        raise ValueError(
+            f"mesh {sizes or 'of one device'} takes {cfg.devices} devices, {len(devices)} are "
+            f"there; change mesh.fsdp, for example to {_fitting(cfg, len(devices))}"
+        )
+    names, shape = tuple(cfg.sizes()), tuple(cfg.sizes().values())
+    return Mesh(_placed(cfg, shape, devices), names, axis_types=(axis_type,) * len(names))
+
+
+def _placed(cfg: MeshConfig, shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    split = dict(allow_split_physical_axes=True)
+    if cfg.slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, **split)
+    across = (cfg.slices, *(1,) * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), across, devices, **split)
+
+
+def _fitting(cfg: MeshConfig, devices: int) -> str:
+    others = cfg.devices // cfg.fsdp
+    return str(devices // others) if devices % others == 0 else f"a multiple of {others} devices"
+
+
+def for_training(model: ModelConfig | DenseConfig, devices: int, *, slices: int = 1) -> MeshConfig:
+    """Experts over up to `WIDEST` devices, everything else cut over all of a slice.
+
+    A dense model is cut over all of them. More devices than `hidden_size` can be cut over hold
+    copies.
+
+    Raises:
+        ValueError: the devices are no multiple of the slices.
+    """
+    if devices % slices:
+        raise ValueError(f"{devices=} must be divisible by {slices=}; change one of them")
+    inside = devices // slices
+    experts = model.moe.n_routed_experts if isinstance(model, ModelConfig) else 1
+    cut = math.gcd(model.hidden_size, inside)  # of all that is no expert
+    expert = math.gcd(experts, cut, WIDEST)
+    return MeshConfig(slices=slices, data=inside // cut, fsdp=cut // expert, expert=expert)
+
+
+def for_long_rows(
+    model: ModelConfig | DenseConfig, devices: int, *, rows: int, length: int
+) -> MeshConfig:
+    """`for_training` where there are more devices than rows: the rest cut the rows' positions.
+
+    Args:
+        model: the architecture.
+        devices: of one slice.
+        rows: of a micro-batch.
+        length: positions of a row.
+
+    Raises:
+        ValueError: rows and positions cannot be cut over so many devices.
+    """
+    across = math.gcd(rows, devices)
+    context = devices // across
+    if length % context:
+        raise ValueError(
+            f"{length=} must be divisible by the {context} devices that {rows=} leave over"
+        )
+    inner = for_training(model, across)
+    return MeshConfig(data=inner.data, fsdp=inner.fsdp, expert=inner.expert, context=context)
+
+
+def for_decoding(model: ModelConfig | DenseConfig, devices: int) -> MeshConfig:
+    """Weights stay where they are used: experts dealt out as far as they go, copies beyond.
+
+    What is no expert is cut over the same devices, and gathered.
+    """
+    experts = model.moe.n_routed_experts if isinstance(model, ModelConfig) else 1
+    heads = model.mla.num_heads if isinstance(model, ModelConfig) else model.num_kv_heads
+    if experts > 1:
+        expert = math.gcd(experts, devices)
+        return MeshConfig(data=devices // expert, expert=expert)
+    tensor = math.gcd(heads, devices)
+    return MeshConfig(data=devices // tensor, tensor=tensor)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts over a mesh equal a loop over tokens, in value and gradient, at any load."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from r1jax.config import MeshConfig
+from r1jax.ops.experts import experts
+from r1jax.parallel import dispatch as D
+from r1jax.parallel.mesh import make_mesh
+from r1jax.sharding import local, spec
+
+# Sums of the same float32 numbers in another order.
+FLOAT32 = 2e-5
+TOKENS, DIM, HIDDEN, EXPERTS, K = 320, 3, 4, 8, 2
+RANKS = 4
+
+
+def drawn():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    weights = (draw(EXPERTS, DIM, HIDDEN), draw(EXPERTS, DIM, HIDDEN), draw(EXPERTS, HIDDEN, DIM))
+    return draw(TOKENS, DIM), np.abs(draw(TOKENS, K)), weights, draw(TOKENS, DIM)
+
+
+def loads(name):
+    """[T, K] experts of each token; the tests below say which of them overflow."""
+    rng = np.random.default_rng(1)
+    even = np.stack([rng.permutation(EXPERTS)[:K] for _ in range(TOKENS)])
+    skewed = np.broadcast_to(np.array([5, 4]), (TOKENS, K))  # both on rank 2
+    nowhere = np.where(rng.random((TOKENS, 1)) < 0.5, EXPERTS, even)
+    return dict(even=even, skewed=skewed, nowhere=nowhere)[name].astype(np.int32)
+
+
+def by_hand(x, index, weight, weights):
+    """float64, token by token."""
+    gate, up, down = (w.astype(np.float64) for w in weights)
+    out = np.zeros(x.shape)
+    for t, k in np.ndindex(index.shape):
+        if (e := index[t, k]) < EXPERTS:
+            g = x[t] @ gate[e]
+            out[t] += weight[t, k] * ((g / (1 + np.exp(-g)) * (x[t] @ up[e])) @ down[e])
+    return out
+
+
+@functools.cache
+def program(sparse):
+    """(y, overflow), and the gradient of Σ y·given to tokens, mixing weights and experts."""
+
+    def run(index, given, x, weight, weights):
+        rows, held = spec("batch", None), (spec("expert", None, None),) * 3
+
+        def one(x, index, weight, weights):
+            how = dict(reach=K, slack=1.5, sparse=sparse)
+            return D.dispatch(x, index, weight, weights, **how)
+
+        cut = local(one, (rows, rows, rows, held), (rows, spec()))
+        y, over = cut(x, index, weight, weights)
+        return (y * given).sum(), (y, over)
+
+    return jax.jit(jax.grad(run, argnums=(2, 3, 4), has_aux=True))
+
+
+def found(load, sparse):
+    x, weight, weights, given = drawn()
+    devices = jax.devices()[:RANKS]
+    with jax.set_mesh(make_mesh(MeshConfig(expert=RANKS), devices)):
+        grads, (y, over) = program(sparse)(loads(load), given, x, weight, weights)
+    return jax.tree.map(np.asarray, (y, grads, over))
+
+
+@functools.cache
+def expected_grads(load):
+    """By the dense implementation on one device, which is tested against loops elsewhere."""
+    x, weight, weights, given = drawn()
+
+    def run(x, weight, weights):
+        y = experts(x, loads(load), weight, weights, implementation="dense")
+        return (y * given).sum()
+
+    return jax.jit(jax.grad(run, argnums=(0, 1, 2)))(x, weight, weights)
+
+
+@pytest.mark.parametrize("load", ["even", "skewed", "nowhere"])
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "gathered"])
+def test_dispatch_is_the_loop_over_tokens(sparse, load):
+    """No token is dropped; the worst load takes the other way and is counted."""
+    x, weight, weights, _ = drawn()
+    y, grads, over = found(load, sparse)
+    expected = by_hand(x, loads(load), weight, weights)
+    np.testing.assert_allclose(y, expected, rtol=FLOAT32, atol=FLOAT32)
+    for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads(load)), strict=True):
+        np.testing.assert_allclose(g, e, rtol=FLOAT32, atol=FLOAT32 * np.abs(e).max())
+    assert over == (sparse and load == "skewed")
+
+
+def test_the_skewed_load_would_overflow_and_the_even_one_would_not():
+    """What the test above rests on: rows for the fullest rank against the buffer."""
+    size = D.room(TOKENS // RANKS, K, RANKS, EXPERTS // RANKS, reach=K, slack=1.5)
+    assert size == D.Room(sent=160, received=256, computed=256)
+
+    def fullest(load):
+        ranks = loads(load) // (EXPERTS // RANKS)
+        return max((ranks == r).any(1).sum() for r in range(RANKS))
+
+    assert fullest("even") < size.received < fullest("skewed")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reached"), [(1, 1), (4, 4), (8, 4), (16, 8), (64, 8), (6, 6), (256, 8)]
+)
+def test_groups_bound_the_ranks_that_a_token_reaches(ranks, reached):
+    """DeepSeek-V3: 8 of 256 experts, from 4 of 8 groups. 8 ranks hold a group each; 6 cut them."""
+    assert D.reach(ranks, 8, 8, 4) == reached
+
+
+def test_no_choice_of_experts_reaches_more():
+    """Every choice of K experts from `topk_group` groups, enumerated."""
+    n_group, topk_group, k = 4, 2, 3
+    for ranks in (2, 4, 8):
+        most = 0
+        for chosen in itertools.combinations(range(EXPERTS), k):
+            groups = {e // (EXPERTS // n_group) for e in chosen}
+            if len(groups) <= topk_group:
+                most = max(most, len({e // (EXPERTS // ranks) for e in chosen}))
+        assert most <= D.reach(ranks, k, n_group, topk_group)
+    assert D.reach(4, k, n_group, topk_group) == 2
