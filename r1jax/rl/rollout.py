@@ -73,7 +73,7 @@ def rollout(
     rows, n_prompts = temperature_B.shape[0], prompt_PS.shape[0]
     if rows % n_prompts:
         raise ValueError(f"{rows} rows must be a multiple of the {n_prompts} prompts (group_size)")
-    rules = dict(max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=pad_id)
+    rules = dict(max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id)
     run = functools.partial(_rollout, **rules, top_k=top_k, top_p=top_p)
     row, rows = spec("batch"), spec("batch", None)
     lies = Rollout(spec(), spec(), rows, rows, rows, rows, row)
@@ -89,7 +89,7 @@ def _rollout(
     temperature_B,
     *,
     max_new_tokens,
-    eos_id,
+    eos_ids,
     pad_id,
     top_k,
     top_p,

@@ -166,7 +166,7 @@ def drawn(cfg, model):
     """Completions of eight prompts, two rows each."""
 
     def run(model, prompt_PS, valid_PS, key, temperature_B):
-        rules = dict(max_new_tokens=6, eos_id=1, pad_id=0)
+        rules = dict(max_new_tokens=6, eos_ids=(1,), pad_id=0)
         return rollout(model, prompt_PS, valid_PS, key, temperature_B, **rules)
 
     valid = np.ones((8, 4), bool)
