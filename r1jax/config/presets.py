@@ -117,5 +117,5 @@ def quickstart() -> RecipeConfig:
         rl_2=rl(30, 6e-4),
         distill_data=RejectionConfig(problems=1280, samples=2, keep=2),
         student_pretrain=sft(1000, 5e-3, 12, 64, examples=30_000),
-        distill=sft(300, 3e-3),
+        distill=sft(450, 3e-3),
     )

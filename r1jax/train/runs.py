@@ -196,7 +196,7 @@ def _judged(cfg: GRPORun | PPORun, run: Run, start: Start) -> Iterator[Any]:
     how = dict(longest=longest, progress=run.progress)
     questions = training_questions(cfg.data, start.tokenizer, seed=cfg.seed, **how)
     heldout = heldout_questions(cfg.data, start.tokenizer, cfg.measure.questions, **how)
-    template = _template(cfg.data.template, start)
+    template = template_for(cfg.data.template, start)
     score = None
     if stage.reward.model:
         score = open_scorer(stage.reward.model_path, start.tokenizer)
@@ -288,7 +288,7 @@ def _fits(cfg: GRPORun | PPORun, start: Start) -> None:
         )
 
 
-def _template(name: str, start: Start) -> Template | None:
+def template_for(name: str, start: Start) -> Template | None:
     """The tags of completions; the end of a text is the tokenizer's."""
     if name == "plain":
         return None
