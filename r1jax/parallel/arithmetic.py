@@ -38,6 +38,16 @@ def ragged_groups(instruction: Instruction) -> int:
     return max(int(found.group(1)), 1) if found else 1
 
 
+def kernel(instruction: Instruction) -> bool:
+    """Whether it is a call of a kernel written by hand, which may or may not say what it costs."""
+    return instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes
+
+
+def ragged_kernel(instruction: Instruction) -> bool:
+    """Whether it is XLA:TPU's own kernel for ragged products, which states the cost of all rows."""
+    return kernel(instruction) and instruction.name.startswith("ragged-dot")
+
+
 def _dot(out: Array, left: Array, contracting: tuple[int, ...]) -> float:
     return 2.0 * out.size * math.prod(left.dims[d] for d in contracting)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from r1jax.parallel.arithmetic import flops, ragged_groups
+from r1jax.parallel.arithmetic import flops, kernel, ragged_groups, ragged_kernel
 from r1jax.parallel.groups import Groups, groups
 from r1jax.parallel.hlo import Array, Computation, Instruction, Program
 from r1jax.parallel.loops import Place, bound, trips
@@ -105,11 +105,13 @@ class Rules(NamedTuple):
         guess: turns of a loop from its scopes and the most it can take (None: unknown).
         branch: branch that a conditional runs, from its scopes and the costs of all; None: the one
             with the most arithmetic.
+        filled: share of the rows of a ragged product that belong to some group.
     """
 
     devices: int
     guess: Callable[[str, int | None], float]
     branch: Callable[[str, list[Costs]], int] | None = None
+    filled: float = 1.0
 
 
 def half(op_name: str, most: int | None) -> float:
@@ -123,8 +125,11 @@ def measure(program: Program, rules: Rules) -> Costs:
     return _costs(program, Place(program.computations[program.entry]), 1.0, rules)
 
 
-def _costs(program: Program, place: Place, times: float, rules: Rules, fused: int = 0) -> Costs:
-    """Of a computation that runs `times` times; `fused` is 0 outside fusions, else their groups."""
+def _costs(program: Program, place: Place, times: float, rules: Rules, fused: float = 0.0) -> Costs:
+    """Of a computation that runs `times` times.
+
+    `fused` is 0 outside fusions; in one it is what its arithmetic is to be divided by.
+    """
     total, inner = Costs(), program.computations
     for one in place.computation.instructions.values():
         operands = arrays(place.computation, one)
@@ -136,9 +141,10 @@ def _costs(program: Program, place: Place, times: float, rules: Rules, fused: in
             total.add(_costs(program, Place(inner[name], place.callers), times, rules, fused))
         else:
             if one.opcode == "fusion" and (name := one.called("calls")) in inner:
-                shares = max(ragged_groups(one), fused, 1)
+                groups_of = ragged_groups(one)
+                shares = groups_of / rules.filled if groups_of > 1 else max(fused, 1.0)
                 total.add(_costs(program, Place(inner[name]), times, rules, shares))
-            _single(total, one, operands, times / max(fused, 1))
+            _single(total, one, operands, times / max(fused, 1.0), rules)
             if (kind := _kind(place.computation, one)) is not None:
                 total.collectives.append(_collective(kind, one, operands, times, rules))
         if not fused:
@@ -146,13 +152,18 @@ def _costs(program: Program, place: Place, times: float, rules: Rules, fused: in
     return total
 
 
-def _single(total: Costs, one: Instruction, operands: tuple[Array, ...], times: float) -> None:
+def _single(
+    total: Costs, one: Instruction, operands: tuple[Array, ...], times: float, rules: Rules
+) -> None:
     n = flops(one, operands)
     if n:
-        name = operands[0].dtype if operands else one.arrays[0].dtype
+        floats = [a.dtype for a in (*operands, *one.arrays) if a.dtype[0] in "bf" and a.dims]
+        name = floats[0] if floats else one.arrays[0].dtype
+        n *= rules.filled if ragged_kernel(one) else 1.0
         total.flops[name] = total.flops.get(name, 0.0) + n * times
-    elif one.opcode == "custom-call" and "tpu_custom_call" in one.attributes:
-        total.opaque["tpu_custom_call"] = total.opaque.get("tpu_custom_call", 0.0) + times
+    elif kernel(one):
+        name = one.name.rstrip(".0123456789")
+        total.opaque[name] = total.opaque.get(name, 0.0) + times
 
 
 def _loop(program: Program, one: Instruction, place: Place, times: float, rules: Rules) -> Costs:

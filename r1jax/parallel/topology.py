@@ -236,7 +236,9 @@ def _checked(name: str, kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         )
     chips = math.prod(shape)
     if not 1 <= chips <= chip.largest:
-        raise ValueError(f"no topology {name!r}: {chips} chips, a {kind} pod has 1 to {chip.largest}")
+        raise ValueError(
+            f"no topology {name!r}: {chips} chips, a {kind} pod has 1 to {chip.largest}"
+        )
     if chips > 1 and any(n % 2 for n in shape[:2]):
         raise ValueError(f"no topology {name!r}: a host holds 2x2 chips; make the first two even")
     return shape

@@ -200,19 +200,22 @@ ENTRY %main.1 (a.1: bf16[256,256], a.2: bf16[64,128], a.3: bf16[8,256], a.4: bf1
   %f.2 = bf16[256,128]{1,0} fusion(%a.2), kind=kCustom, calls=%piece.1
   %f.3 = bf16[8,128]{1,0} fusion(%a.3, %a.4), kind=kOutput, calls=%inner.1, backend_config={"convolution_algorithm_config":{"is_ragged_dot":true,"num_groups_in_ragged_dot":"4"}}
   %k.2 = bf16[8,128]{1,0} custom-call(%a.3), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUw","cost_estimate":{"flops":"4096","transcendentals":"0","bytes_accessed":"64"}}}
-  %k.3 = bf16[8,128]{1,0} custom-call(%a.3), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUw"}}
+  %i.3 = s32[1]{0} constant({5})
+  %ragged-dot-none.7 = bf16[8,128]{1,0} custom-call(%i.3, %a.3, %a.4), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUw","cost_estimate":{"flops":"8192"}}}
+  %mine.3 = bf16[8,128]{1,0} custom-call(%a.3), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUw"}}
   %while.2 = (s32[], bf16[256,256], s32[]) while(%in.2), condition=%condition.2, body=%outer.1
   ROOT %out.1 = bf16[256,256]{1,0} get-tuple-element(%while.2), index=1
 }
 """  # noqa: E501
 
 
-def test_the_text_of_a_tpu_program():
-    found = costs.measure(parse(TPU), costs.Rules(8, costs.half))
+@pytest.mark.parametrize("filled", [1.0, 0.5])
+def test_the_text_of_a_tpu_program(filled):
+    found = costs.measure(parse(TPU), costs.Rules(8, costs.half, filled=filled))
     turns = 3 * (10 / 2)  # the inner loop counts to a hoisted 10 by twos
-    ragged = 2 * 8 * 256 * 128  # each row meets one group's matrix
+    ragged = filled * (2 * 8 * 256 * 128 + 8192)  # each row meets one group's matrix
     assert found.flops == {"bf16": turns * 2 * 256**3 + ragged + 4096}
-    assert found.opaque == {"tpu_custom_call": 1.0}
+    assert found.opaque == {"mine": 1.0}
     assert found.loops == []
     sizes = dict(data=2, fsdp=4)
     assert {(c.kind, along(c.groups, sizes), c.sent, c.times) for c in found.collectives} == {
