@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `r1jax plan` compiles: a model, how it is cut over a pod, and the shapes of three programs."""
+"""What `r1jax plan` compiles: a model, how it is cut over a pod, the shapes of three programs."""
 
 from dataclasses import dataclass, field
 

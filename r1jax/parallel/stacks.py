@@ -22,7 +22,9 @@ def stacked(program: Program) -> Stacked:
     """Of the loops that the program runs itself, not of those inside them."""
     sums = {False: 0.0, True: 0.0}
     for loop in program.computations[program.entry].instructions.values():
-        body = program.computations.get(loop.called("body") or "") if loop.opcode == "while" else None
+        body = (
+            program.computations.get(loop.called("body") or "") if loop.opcode == "while" else None
+        )
         root = body.root() if body else None
         if root is None or root.opcode != "tuple" or len(root.operands) != len(loop.arrays):
             continue

@@ -232,7 +232,8 @@ def _checked(name: str, kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(shape) != chip.dimensions:
         wanted = "x".join("8" * chip.dimensions)
         raise ValueError(
-            f"no topology {name!r}: a {kind} pod has {chip.dimensions} dimensions, as {kind}:{wanted}"
+            f"no topology {name!r}: a {kind} pod has {chip.dimensions} dimensions, as in "
+            f"{kind}:{wanted}"
         )
     chips = math.prod(shape)
     if not 1 <= chips <= chip.largest:

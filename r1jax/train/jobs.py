@@ -17,7 +17,7 @@ from r1jax.config import PlanConfig
 from r1jax.infer import decode
 from r1jax.infer.sample import sample
 from r1jax.nn.build import build
-from r1jax.nn.count import decode_flops, forward_flops, size, train_flops
+from r1jax.nn.count import decode_flops, forward_flops, train_flops
 from r1jax.nn.param import RouterBias
 from r1jax.rl.rollout import Rollout
 from r1jax.sharding import spec
@@ -190,10 +190,10 @@ def _fitting(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -
     """The spec of the axes, without what does not divide: fewer prompts than devices lie on all."""
     found = spec(*axes)
     even = []
-    for size, names in zip(shape, found, strict=False):
+    for whole, names in zip(shape, found, strict=False):
         names = (names,) if isinstance(names, str) else names or ()
         pieces = math.prod(mesh.shape[n] for n in names)
-        even.append(names if size % pieces == 0 else None)
+        even.append(names if whole % pieces == 0 else None)
     return PartitionSpec(*even)
 
 

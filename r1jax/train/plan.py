@@ -77,8 +77,10 @@ def mesh_for(cfg: PlanConfig, topology: Topology, what: str) -> MeshConfig:
             unevenly.
     """
     mesh = cfg.mesh
-    if mesh.slices == 1 and topology.slices > 1 and mesh.devices * topology.slices <= (
-        topology.devices
+    if (
+        mesh.slices == 1
+        and topology.slices > 1
+        and mesh.devices * topology.slices <= (topology.devices)
     ):
         mesh = dataclasses.replace(mesh, slices=topology.slices)
     if mesh.fsdp == 1 and topology.devices % mesh.devices == 0:
@@ -87,7 +89,7 @@ def mesh_for(cfg: PlanConfig, topology: Topology, what: str) -> MeshConfig:
         sizes = " × ".join(f"{name} {n}" for name, n in mesh.sizes().items() if n > 1) or "1"
         raise ValueError(
             f"mesh {sizes} = {mesh.devices} devices, but {topology.name} has {topology.devices}; "
-            f"set mesh.fsdp={_left(mesh, topology)} or choose another topology"
+            f"{_repair(mesh, topology)} or choose another topology"
         )
     if what == "train":
         rows = cfg.rows_per_device * topology.devices // cfg.micro_batches
@@ -103,10 +105,11 @@ def mesh_for(cfg: PlanConfig, topology: Topology, what: str) -> MeshConfig:
     return mesh
 
 
-def _left(mesh: MeshConfig, topology: Topology) -> int | str:
+def _repair(mesh: MeshConfig, topology: Topology) -> str:
     others = mesh.devices // mesh.fsdp
-    whole = topology.devices % others == 0
-    return topology.devices // others if whole else f"{topology.devices}/{others}"
+    if topology.devices % others == 0:
+        return f"set mesh.fsdp={topology.devices // others}"
+    return f"its other axes take {others}, which does not divide {topology.devices}: change them"
 
 
 def build_mesh(sizes: MeshConfig, topology: Topology, chips: list[Any] | None = None) -> Mesh:
@@ -117,9 +120,7 @@ def build_mesh(sizes: MeshConfig, topology: Topology, chips: list[Any] | None = 
     return Mesh(array, tuple(sizes.sizes()), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def plan(
-    cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | None = None
-) -> Plan:
+def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | None = None) -> Plan:
     """Compiles one of the three programs for a pod and reads what it costs.
 
     Args:
@@ -190,9 +191,7 @@ def _rules(cfg: PlanConfig, mesh: MeshConfig) -> costs.Rules:
 def _bounded(op_name: str, branches: list[costs.Costs]) -> int:
     """Tokens travel to their experts by the bounded way: no buffer overflows. Anything else takes
     the branch with the most arithmetic."""
-    sparse = [
-        any(c.kind == "ragged-all-to-all" for c in branch.collectives) for branch in branches
-    ]
+    sparse = [any(c.kind == "ragged-all-to-all" for c in branch.collectives) for branch in branches]
     if "routed_experts" in op_name and any(sparse):
         return sparse.index(True)
     return max(range(len(branches)), key=lambda i: branches[i].total_flops)
