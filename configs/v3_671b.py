@@ -8,12 +8,16 @@ Hardware:  any; nothing is allocated. plan needs libtpu and takes minutes
 Expected:  671.0B parameters, 37.6B active, an MTP module of 11.6B, 70,272 bytes of cache a token
 
 A training step is 4 rows of 4,096 tokens a device, packed, with node-limited groups, the bias
-update and MTP; a GRPO step is R1-Zero's: 32 prompts of 16 samples each, up to 32,768 tokens.
+update and MTP, Adam's moments in bfloat16 (section 3.3.2); a GRPO step is R1-Zero's: 32 prompts of
+16 samples each, up to 32,768 tokens.
 """
 
-from r1jax.config import PlanConfig, to_config_dict
+from r1jax.config import GRPOConfig, OptimConfig, PlanConfig, to_config_dict
 
 
 def get_config():
-    """The schema's defaults are the 671B."""
-    return to_config_dict(PlanConfig())
+    """The schema's default model is the 671B."""
+    rl = OptimConfig(learning_rate=3e-6, weight_decay=0.0, moment_dtype="bfloat16")
+    return to_config_dict(
+        PlanConfig(optim=OptimConfig(moment_dtype="bfloat16"), grpo=GRPOConfig(optim=rl))
+    )

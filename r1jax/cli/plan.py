@@ -21,11 +21,11 @@ the 671B takes minutes and a few GB.
 
 NAME is a pod as Google names it: v5p-1024, v4-1024 and tpu7x-256 count TensorCores
 (two a chip), v5e-256 and v6e-256 chips; 2xv6e-256 is two slices; v5p:8x8x8 is a torus.
-Any field is changed by its path. The mesh must multiply to the pod's devices; an fsdp
-of 1 takes the devices that the other axes leave:
+Any field is changed by its path. The mesh must multiply to the pod's devices; left at
+one device, a mesh is chosen that suits the program:
 
-  --config.mesh.expert=8  --config.rows_per_device=6  --config.length=8192
-  --config.micro_batches=2  --config.model.remat=False
+  --config.mesh.fsdp=64   --config.mesh.expert=8    --config.rows_per_device=6
+  --config.length=8192    --config.micro_batches=2  --config.model.remat=False
 
 --search tries meshes, batches and recomputation from the config on, writes what it
 finds to a file, and prints the best that fit; the same command goes on where it

@@ -35,7 +35,9 @@ def _memory(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "kept from layer to layer (in temporaries)", f"{facts['activations_gb']:.2f}"
         yield "gradients of stacked layers (in temporaries)", f"{facts['gradients_gb']:.2f}"
     yield "temporaries", f"{facts['temporaries_gb']:.2f}"
-    yield "all", f"{facts['hbm_per_chip_gb']:.2f}"
+    if facts["host_gb"]:
+        yield "in the host's memory", f"{facts['host_gb']:.2f}"
+    yield "all of the device's", f"{facts['hbm_per_chip_gb']:.2f}"
     yield "there is", f"{facts['hbm_available_gb']:.2f}"
 
 

@@ -14,7 +14,7 @@ class PlanConfig:
     """A training step, a GRPO step and a step of decoding on one mesh.
 
     Attributes:
-        mesh: sizes of its axes. An `fsdp` of 1 takes the devices that the other axes leave.
+        mesh: sizes of its axes; all 1: what suits the program on the pod it is planned for.
         rows_per_device: packed rows of a training step, over devices.
         length: tokens of a packed row.
         micro_batches: pieces that a training step's rows are computed in, one after the other.

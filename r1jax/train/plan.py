@@ -7,12 +7,11 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh
 
 from r1jax.config import MeshConfig, PlanConfig
 from r1jax.parallel import costs, roofline
 from r1jax.parallel.hlo import parse
+from r1jax.parallel.mesh import for_decoding, for_long_rows, for_training, make_mesh
 from r1jax.parallel.stacks import Stacked, stacked
 from r1jax.parallel.topology import Topology, devices
 from r1jax.train import jobs
@@ -33,6 +32,7 @@ class Plan(NamedTuple):
         arguments: bytes of each part of the arguments, by name.
         argument_bytes: of all of them, as the compiler lays them out.
         temporary_bytes: of everything else that lives while the step runs.
+        host_bytes: in the memory of the host, for this device.
         stacked: what of it is kept from layer to layer.
         tokens: of all devices.
         model_flops: of all devices.
@@ -47,6 +47,7 @@ class Plan(NamedTuple):
     arguments: dict[str, int]
     argument_bytes: float
     temporary_bytes: float
+    host_bytes: float
     stacked: Stacked | None
     tokens: int
     model_flops: float
@@ -70,39 +71,39 @@ class Plan(NamedTuple):
 
 
 def mesh_for(cfg: PlanConfig, topology: Topology, what: str) -> MeshConfig:
-    """The mesh of the config on this pod: an `fsdp` of 1 takes the devices that are left.
+    """The mesh of the config, or of one device (all axes 1) what suits the program on this pod.
 
     Raises:
         ValueError: it does not multiply to the pod's devices, or cuts the model or the batch
             unevenly.
     """
-    mesh = cfg.mesh
-    if (
-        mesh.slices == 1
-        and topology.slices > 1
-        and mesh.devices * topology.slices <= (topology.devices)
-    ):
-        mesh = dataclasses.replace(mesh, slices=topology.slices)
-    if mesh.fsdp == 1 and topology.devices % mesh.devices == 0:
-        mesh = dataclasses.replace(mesh, fsdp=topology.devices // mesh.devices)
-    if mesh.devices != topology.devices:
-        sizes = " × ".join(f"{name} {n}" for name, n in mesh.sizes().items() if n > 1) or "1"
-        raise ValueError(
-            f"mesh {sizes} = {mesh.devices} devices, but {topology.name} has {topology.devices}; "
-            f"{_repair(mesh, topology)} or choose another topology"
-        )
+    rows = cfg.grpo.prompts * cfg.grpo.group_size
+    length = cfg.sampled_length
     if what == "train":
-        rows = cfg.rows_per_device * topology.devices // cfg.micro_batches
-        mesh.check(cfg.model, rows=rows, length=cfg.length)
+        rows, length = cfg.rows_per_device * topology.devices // cfg.micro_batches, cfg.length
     elif what == "grpo":
-        update = cfg.grpo.update
-        rows = cfg.grpo.prompts * cfg.grpo.group_size
-        rows //= update.minibatches * update.micro_batches
-        mesh.check(cfg.model, rows=rows, length=cfg.sampled_length)
-    else:
-        rows = cfg.grpo.prompts * cfg.grpo.group_size
-        mesh.check(cfg.model, rows=rows, length=mesh.context)
+        rows //= cfg.grpo.update.minibatches * cfg.grpo.update.micro_batches
+    mesh = cfg.mesh
+    if mesh.devices == 1 < topology.devices:
+        mesh = _proposed(cfg, topology, what, rows)
+    if mesh.devices != topology.devices:
+        sizes = " × ".join(f"{name} {n}" for name, n in mesh.sizes().items() if n > 1)
+        raise ValueError(
+            f"mesh {sizes or 'of one device'} = {mesh.devices} devices, but {topology.name} has "
+            f"{topology.devices}; {_repair(mesh, topology)} or choose another topology"
+        )
+    mesh.check(cfg.model, rows=rows, length=mesh.context if what == "decode" else length)
     return mesh
+
+
+def _proposed(cfg: PlanConfig, topology: Topology, what: str, rows: int) -> MeshConfig:
+    inside, slices = topology.devices // topology.slices, topology.slices
+    if what == "decode":
+        return dataclasses.replace(for_decoding(cfg.model, inside), slices=slices)
+    if what == "grpo" and rows % topology.devices:
+        one = for_long_rows(cfg.model, inside, rows=rows // slices, length=cfg.sampled_length)
+        return dataclasses.replace(one, slices=slices)
+    return for_training(cfg.model, topology.devices, slices=slices)
 
 
 def _repair(mesh: MeshConfig, topology: Topology) -> str:
@@ -110,14 +111,6 @@ def _repair(mesh: MeshConfig, topology: Topology) -> str:
     if topology.devices % others == 0:
         return f"set mesh.fsdp={topology.devices // others}"
     return f"its other axes take {others}, which does not divide {topology.devices}: change them"
-
-
-def build_mesh(sizes: MeshConfig, topology: Topology, chips: list[Any] | None = None) -> Mesh:
-    """The mesh of a pod's devices, axes laid along the torus where they can be."""
-    found = devices(topology) if chips is None else chips
-    shape = tuple(sizes.sizes().values())
-    array = np.array(found).reshape(shape)
-    return Mesh(array, tuple(sizes.sizes()), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | None = None) -> Plan:
@@ -131,7 +124,7 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
         RuntimeError: the compiler fails for another reason than memory.
     """
     sizes = mesh_for(cfg, topology, what)
-    mesh = build_mesh(sizes, topology, chips)
+    mesh = make_mesh(sizes, devices(topology) if chips is None else chips)
     with jax.set_mesh(mesh):
         job = jobs.make(what, cfg, mesh)
         lowered = job.run.lower(*job.args, **job.kwargs)
@@ -143,7 +136,9 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
     if compiled is None:
         total = sum(given.values())
         temporary = short.bytes if short.temporaries else max(short.bytes - total, 0.0)
-        return Plan(*fixed, total, temporary, None, job.tokens, job.model_flops, took, None, None)
+        return Plan(
+            *fixed, total, temporary, 0, None, job.tokens, job.model_flops, took, None, None
+        )
     memory = compiled.memory_analysis()
     program = parse(compiled.as_text())
     found = costs.measure(program, _rules(cfg, sizes))
@@ -153,6 +148,7 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
         *fixed,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes + max(kept, 0),
+        memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         stacked(program),
         job.tokens,
         job.model_flops,

@@ -30,6 +30,7 @@ def report(plan: Plan, cfg: PlanConfig) -> dict[str, Any]:
         "arguments_gb": plan.argument_bytes / GB,
         "temporaries_gb": plan.temporary_bytes / GB,
         "arguments_by_part_gb": {k: v / GB for k, v in plan.arguments.items()},
+        "host_gb": plan.host_bytes / GB,
         "activations_gb": None,
         "gradients_gb": None,
         "collective_gb": None,
