@@ -64,17 +64,18 @@ def _time(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _setting(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    speed, mfu = facts["tokens_per_second"], facts["mfu"]
+    setting, speed, mfu = facts["setting"], facts.get("tokens_per_second"), facts.get("mfu")
+    known = "failed" not in facts
     return (
         _mesh(facts["mesh"]),
-        str(facts["setting"]["rows"]),
-        str(facts["setting"]["micro_batches"]),
-        str(facts["setting"]["remat"]),
-        f"{facts['hbm_per_chip_gb']:.1f}",
-        "yes" if facts["fits"] else "no",
+        str(setting["rows"]),
+        str(setting["micro_batches"]),
+        "yes" if setting["remat"] else "no",
+        f"{facts['hbm_per_chip_gb']:.1f}" if known else _NOTHING,
+        ("yes" if facts["fits"] else "no") if known else "fails",
         f"{speed['serial']:,.0f}–{speed['overlapped']:,.0f}" if speed else _NOTHING,
         f"{100 * mfu['serial']:.0f}–{100 * mfu['overlapped']:.0f} %" if mfu else _NOTHING,
-        f"{facts['compile_seconds']:.0f} s",
+        f"{facts['compile_seconds']:.0f} s" if known else _NOTHING,
     )
 
 

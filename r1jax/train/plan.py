@@ -15,6 +15,7 @@ from r1jax.parallel.mesh import for_decoding, for_long_rows, for_training, make_
 from r1jax.parallel.stacks import Stacked, stacked
 from r1jax.parallel.topology import Topology, devices
 from r1jax.train import jobs
+from r1jax.train.failure import StageFailed
 
 _GIB = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 # Two wordings of the compiler's: what the temporaries need, or what all of it needs.
@@ -121,7 +122,7 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
 
     Raises:
         ValueError: mesh, model or batch do not go together, or libtpu is missing.
-        RuntimeError: the compiler fails for another reason than memory.
+        StageFailed: the compiler fails for another reason than memory.
     """
     sizes = mesh_for(cfg, topology, what)
     mesh = make_mesh(sizes, devices(topology) if chips is None else chips)
@@ -176,7 +177,7 @@ def _compiled(lowered: Any) -> tuple[Any, _Short | None]:
                 n, unit = found.groups()
                 return None, _Short(float(n) * _GIB[unit], temporaries)
         line = " ".join(said.split())
-        raise RuntimeError(f"the compiler fails on this step: {line[:400]}") from error
+        raise StageFailed(f"the compiler cannot do this step: {line[:400]}") from error
 
 
 def _rules(cfg: PlanConfig, mesh: MeshConfig) -> costs.Rules:

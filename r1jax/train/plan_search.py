@@ -11,6 +11,7 @@ from typing import Any
 
 from r1jax.config import MeshConfig, PlanConfig, to_config_dict
 from r1jax.parallel.topology import Topology
+from r1jax.train.failure import StageFailed
 from r1jax.train.plan import mesh_for, plan
 from r1jax.train.plan_report import report
 
@@ -34,27 +35,45 @@ def search(
     Raises:
         ValueError: no setting goes with this model and pod.
     """
-    known = _read(out)
-    found = []
     settings = list(itertools.islice(candidates(cfg, topology, what), tries))
     if not settings:
         raise ValueError(
             f"no mesh of {topology.devices} devices cuts this model evenly; change mesh.slices or "
             "the topology"
         )
+    found = []
     for number, one in enumerate(settings, 1):
-        key = _key(one, topology, what)
-        facts = known.get(key)
-        state = "known"
-        if facts is None:
-            facts, state = _try(one, topology, what), "tried"
-            facts["key"] = key
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with out.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(facts, ensure_ascii=False) + "\n")
+        facts, known = once(one, topology, what, out=out)
         found.append(facts)
+        state = "known" if known else "tried"
         say(f"[{number}/{len(settings)}] {state}: {_line(facts)}")
     return sorted(found, key=_rank)
+
+
+def once(
+    cfg: PlanConfig, topology: Topology, what: str, *, out: Path
+) -> tuple[dict[str, Any], bool]:
+    """(the report of a setting, whether it was in `out` already); if not, it is compiled and kept.
+
+    A setting that the compiler cannot do is kept as well, with what it says as `failed`.
+    """
+    key = _key(cfg, topology, what)
+    known = _read(out).get(key)
+    if known is not None:
+        return known, True
+    rows = cfg.grpo.prompts * cfg.grpo.group_size
+    pieces = {"train": cfg.micro_batches, "grpo": cfg.grpo.update.micro_batches}.get(what, 1)
+    rows = cfg.rows_per_device * topology.devices if what == "train" else rows
+    facts = dict(key=key, setting=dict(rows=rows, micro_batches=pieces, remat=cfg.model.remat))
+    try:
+        facts |= report(plan(cfg, topology, what), cfg)
+    except StageFailed as error:
+        mesh = mesh_for(cfg, topology, what).sizes()
+        facts |= dict(topology=topology.name, what=what, mesh=mesh, fits=False, failed=str(error))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(facts, ensure_ascii=False) + "\n")
+    return facts, False
 
 
 def candidates(cfg: PlanConfig, topology: Topology, what: str) -> Iterator[PlanConfig]:
@@ -104,28 +123,21 @@ def _changed(cfg: PlanConfig, what: str, mesh: MeshConfig, pieces: int, remat: b
     return cfg
 
 
-def _try(cfg: PlanConfig, topology: Topology, what: str) -> dict[str, Any]:
-    facts = report(plan(cfg, topology, what), cfg)
-    rows = {"train": cfg.rows_per_device * topology.devices}.get(
-        what, cfg.grpo.prompts * cfg.grpo.group_size
-    )
-    pieces = {"train": cfg.micro_batches, "grpo": cfg.grpo.update.micro_batches}.get(what, 1)
-    return facts | {"setting": dict(rows=rows, micro_batches=pieces, remat=cfg.model.remat)}
-
-
-def _rank(facts: dict[str, Any]) -> tuple[bool, float]:
-    if not facts["fits"]:
-        return True, facts["hbm_per_chip_gb"]
-    return False, -facts["tokens_per_second"]["serial"]
+def _rank(facts: dict[str, Any]) -> tuple[int, float]:
+    if facts["fits"]:
+        return 0, -facts["tokens_per_second"]["serial"]
+    return (2, 0.0) if "failed" in facts else (1, facts["hbm_per_chip_gb"])
 
 
 def _line(facts: dict[str, Any]) -> str:
     mesh = " × ".join(f"{name} {n}" for name, n in facts["mesh"].items() if n > 1)
     setting = facts["setting"]
     how = f"{setting['rows']} rows in {setting['micro_batches']} pieces, remat {setting['remat']}"
+    if "failed" in facts:
+        return f"{mesh}, {how}: {facts['failed']}"
     memory = f"{facts['hbm_per_chip_gb']:.1f} of {facts['hbm_available_gb']:.1f} GB"
     speed = facts["tokens_per_second"]
-    tail = f", {speed['serial']:,.0f} tokens/s or more" if speed else ", does not fit"
+    tail = f", {speed['serial']:,.0f} tokens/s or more" if facts["fits"] else ", does not fit"
     return f"{mesh}, {how}: {memory}{tail} (compiled in {facts['compile_seconds']:.0f} s)"
 
 
@@ -142,5 +154,6 @@ def _read(out: Path) -> dict[str, dict[str, Any]]:
             facts = json.loads(line)
         except json.JSONDecodeError:
             continue
-        found[facts["key"]] = facts
+        if "key" in facts:
+            found[facts["key"]] = facts
     return found

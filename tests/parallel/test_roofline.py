@@ -67,8 +67,9 @@ def test_times_of_a_program():
 
 
 def test_bytes_by_kind_and_axis():
-    costs = Costs(collectives=[sent("all-gather", (ROW,)), sent("all-gather", (ROW,)),
-                               sent("all-to-all", ())])
+    costs = Costs(
+        collectives=[sent("all-gather", (ROW,)), sent("all-gather", (ROW,)), sent("all-to-all", ())]
+    )
     assert roofline.by_axis(costs, dict(fsdp=4, expert=8)) == {
         "all-gather": {"expert": 2e9},
         "all-to-all": {"fsdp+expert": 1e9},

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans, compiled for the CPU's eight virtual devices, and for a TPU where its compiler is there."""
+"""Plans, compiled for the CPU's virtual devices, and for a TPU where its compiler is there."""
 
 import dataclasses
 import importlib.util
+import io
 import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from r1jax.cli.plan_table import write_plan, write_search
 from r1jax.config import GRPOConfig, MeshConfig, PlanConfig, SamplingConfig
+from r1jax.eval.plan_picture import draw
 from r1jax.nn.count import decode_flops, forward_flops, size, train_flops
 from r1jax.parallel import costs
 from r1jax.parallel.hlo import parse
 from r1jax.parallel.topology import Chip, Topology
 from r1jax.train import plan_search
+from r1jax.train.failure import StageFailed
 from r1jax.train.plan import Plan, mesh_for, plan
 from r1jax.train.plan_report import report, verdict
 from tests.nn import tiny
@@ -73,6 +77,22 @@ def test_what_a_report_holds(trained):
     assert seconds["overlapped"] == max(list(seconds.values())[:4])
     assert facts["mfu"]["serial"] < facts["mfu"]["overlapped"] <= 1.0
     assert any("buffer" in line for line in facts["assumptions"])
+
+
+def test_tables_and_pictures(trained, tmp_path):
+    facts = report(trained, CFG)
+    short = report(trained._replace(costs=None, times=None, stacked=None), CFG)
+    for one in (facts, short):
+        out = io.StringIO()
+        write_plan(one, out)
+        text = out.getvalue()
+        assert "mesh fsdp 4 × expert 2" in text
+        assert ("MFU" in text) == (one is facts)
+        assert all(len(line) <= 120 for line in text.splitlines())
+        draw(one, tmp_path / "plan.svg")
+        picture = (tmp_path / "plan.svg").read_text()
+        assert "optimizer" in picture
+        assert ("arithmetic" in picture) == (one is facts)
 
 
 def test_what_does_not_fit_is_said_in_one_line(trained):
@@ -152,6 +172,8 @@ def test_a_search_keeps_what_it_finds_and_goes_on(tmp_path, monkeypatch, trained
         compiled.append(cfg)
         if len(compiled) == 3:
             raise RuntimeError("killed")
+        if len(compiled) == 5:
+            raise StageFailed("the compiler cannot do this step: a bug of its own")
         return trained._replace(mesh=cfg.mesh, temporary_bytes=1e6 * len(compiled))
 
     monkeypatch.setattr(plan_search, "plan", fake)
@@ -168,6 +190,11 @@ def test_a_search_keeps_what_it_finds_and_goes_on(tmp_path, monkeypatch, trained
     assert found[0]["mesh"] == CFG.mesh.sizes() or len({json.dumps(f["mesh"]) for f in found}) > 1
     speeds = [f["tokens_per_second"]["serial"] for f in found if f["fits"]]
     assert speeds == sorted(speeds, reverse=True)
+    assert len(speeds) == 3
+    assert "bug of its own" in found[-1]["failed"], "it goes on, and the failure is kept"
+    shown = io.StringIO()
+    write_search(found, shown)
+    assert "fails" in shown.getvalue()
     assert sum("known" in line for line in said) == 2
 
 
