@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from r1jax.cli import models, rejection
+from r1jax.cli import models, plan, rejection
 from r1jax.train.failure import StageFailed
 
 # Programs and JAX are imported where they are called: `--help` and a wrong flag answer at once.
@@ -37,6 +37,7 @@ verbs:
   generate    an answer of a model, streaming
   chat        a conversation with a model
   info        how large a model is
+  plan        whether a step fits a TPU pod, without the pod
   import      a Hugging Face or GGUF checkpoint into r1jax
   export      a model into a Hugging Face checkpoint
 """
@@ -137,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, metavar="FILE", help="the config file, a path")
     rejection.add_verb(functools.partial(_add_verb, verbs))
     models.add_verbs(functools.partial(_add_verb, verbs))
+    plan.add_verb(functools.partial(_add_verb, verbs))
     return parser
 
 
@@ -169,8 +171,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     args = parser.parse_args(rest)
     args.overrides = overrides
-    if overrides and args.verb != "train":
-        raise ValueError("--config.FIELD=VALUE belongs to: r1jax train --config=FILE")
+    if overrides and args.verb not in ("train", "plan"):
+        raise ValueError("--config.FIELD=VALUE belongs to: r1jax train|plan --config=FILE")
     if args.verb is None and not args.version:
         raise ValueError("no verb given: try r1jax quickstart, or r1jax --help")
     return args
@@ -188,6 +190,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.verb in models.VERBS:
         models.run(args)
         return DONE
+    if args.verb == "plan":
+        return plan.run(args)
     from r1jax import config as schema
     from r1jax.cli import overrides
     from r1jax.eval.summary import read_summary

@@ -60,14 +60,46 @@ def size(cfg: ModelConfig | DenseConfig) -> Size:
     )
 
 
+def train_flops(cfg: ModelConfig | DenseConfig, length: int) -> float:
+    """Floating-point operations that training on one token of a row of `length` asks for.
+
+    Three times a forward pass, nothing computed twice: the active matmul weights, causal attention
+    to the (length + 1) / 2 tokens a query sees on average, and the MTP module where there is one.
+    """
+    return 3.0 * (forward_flops(cfg, length) + second_flops(cfg, length))
+
+
+def forward_flops(cfg: ModelConfig | DenseConfig, length: int) -> float:
+    """Of a forward pass of the main model for one token of a causal row of `length`."""
+    s = size(cfg)
+    return s.flops + s.attention_flops * (length + 1) / 2
+
+
+def second_flops(cfg: ModelConfig | DenseConfig, length: int) -> float:
+    """Of a forward pass of the MTP module, with the head that it shares; 0 without one."""
+    if isinstance(cfg, DenseConfig) or not cfg.mtp_depth:
+        return 0.0
+    active = size(cfg).mtp - _idle(cfg) + cfg.vocab_size * cfg.hidden_size
+    return 2 * active + 2 * _pair_values(cfg) * (length + 1) / 2
+
+
+def decode_flops(cfg: ModelConfig | DenseConfig, context: int) -> float:
+    """Of one token of the main model after `context` tokens, which MLA attends to as latents."""
+    s = size(cfg)
+    if isinstance(cfg, DenseConfig):
+        return s.flops + s.attention_flops * context
+    m = cfg.mla
+    pair = m.num_heads * (2 * m.kv_lora_rank + m.qk_rope_head_dim)
+    # W^UK and W^UV carry the query in and the mean latent out, as often as they expand one key.
+    return s.flops + 2 * cfg.num_layers * pair * context
+
+
 def drafter_share(cfg: ModelConfig) -> float:
     """Parameters that a draft reads, MTP module and head, over those a token of the main model
     reads."""
     s = size(cfg)
-    moe, head = cfg.moe, cfg.vocab_size * cfg.hidden_size
-    routed = 3 * cfg.hidden_size * moe.moe_intermediate_size * moe.n_routed_experts
-    idle = routed - routed * moe.num_experts_per_tok // moe.n_routed_experts
-    return (s.mtp - idle + head) / (s.active - head)
+    head = cfg.vocab_size * cfg.hidden_size
+    return (s.mtp - _idle(cfg) + head) / (s.active - head)
 
 
 def cached_values(cfg: ModelConfig | DenseConfig) -> int:
@@ -83,6 +115,13 @@ def _pair_values(cfg: ModelConfig | DenseConfig) -> int:
         return 2 * cfg.num_heads * cfg.head_dim
     m = cfg.mla
     return m.num_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim)
+
+
+def _idle(cfg: ModelConfig) -> int:
+    """Parameters of one layer's routed experts that a token is not sent to."""
+    moe = cfg.moe
+    routed = 3 * cfg.hidden_size * moe.moe_intermediate_size * moe.n_routed_experts
+    return routed - routed * moe.num_experts_per_tok // moe.n_routed_experts
 
 
 def _routed(path: str) -> bool:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many devices: meshes, the dispatch of tokens to experts, placement of experts."""
+"""Many devices: meshes, dispatch of tokens to experts, placement of experts, costs of programs."""

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Floating-point operations of one instruction: two for each multiply and add of a product."""
+
+import functools
+import json
+import math
+import re
+
+import numpy as np
+
+from r1jax.parallel.hlo import Array, Instruction
+
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_ESTIMATE = re.compile(r'"cost_estimate":(\{[^{}]*\})')
+_GROUPS = re.compile(r'"is_ragged_dot":true,"num_groups_in_ragged_dot":"(\d+)"')
+_GEMM = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+
+
+def flops(instruction: Instruction, operands: tuple[Array, ...]) -> float:
+    """Of a `dot`, a `convolution` (as which TPUs run every product) or a library call; else 0."""
+    if instruction.opcode == "dot":
+        return _dot(instruction.arrays[0], operands[0], instruction.numbers("lhs_contracting_dims"))
+    if instruction.opcode == "convolution":
+        return _convolution(instruction, operands)
+    if instruction.opcode == "custom-call":
+        return _library(instruction, operands)
+    return 0.0
+
+
+def ragged_groups(instruction: Instruction) -> int:
+    """Groups of a ragged product that a fusion computes; 1 if it computes none.
+
+    XLA:TPU writes it as a product of every row with every group's matrix under a mask, and skips
+    the tiles whose mask is empty: what runs is one group's share.
+    """
+    found = _GROUPS.search(instruction.attributes)
+    return max(int(found.group(1)), 1) if found else 1
+
+
+def kernel(instruction: Instruction) -> bool:
+    """Whether it is a call of a kernel written by hand, which may or may not say what it costs."""
+    return instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes
+
+
+def ragged_kernel(instruction: Instruction) -> bool:
+    """Whether it is XLA:TPU's own kernel for ragged products, which states the cost of all rows."""
+    return kernel(instruction) and instruction.name.startswith("ragged-dot")
+
+
+def _dot(out: Array, left: Array, contracting: tuple[int, ...]) -> float:
+    return 2.0 * out.size * math.prod(left.dims[d] for d in contracting)
+
+
+def _convolution(instruction: Instruction, operands: tuple[Array, ...]) -> float:
+    labels = _LABELS.search(instruction.attributes)
+    if not labels or len(operands) < 2:
+        return 0.0
+    left, kernel, out = labels.groups()
+    dims = [
+        dict(zip(names, array.dims, strict=True))
+        for names, array in zip(
+            (left, kernel, out), (*operands[:2], instruction.arrays[0]), strict=True
+        )
+    ]
+    spatial = sorted(c for c in out if c.isdigit())
+    window = _window(instruction.attributes, len(spatial))
+    pairs = 1
+    for axis, name in enumerate(spatial):
+        how = tuple(window[key][axis] for key in ("stride", "pad", "lhs_dilate", "rhs_dilate"))
+        pairs *= _pairs(dims[0][name], window["size"][axis], dims[2][name], how)
+    batch = dims[0]["b"] // (instruction.integer("batch_group_count") or 1)
+    return 2.0 * batch * dims[2]["f"] * dims[1]["i"] * pairs
+
+
+def _window(attributes: str, rank: int) -> dict[str, list]:
+    found = _WINDOW.search(attributes)
+    window = {"size": [1] * rank, "stride": [1] * rank, "pad": [(0, 0)] * rank}
+    window |= {"lhs_dilate": [1] * rank, "rhs_dilate": [1] * rank}
+    for part in found.group(1).split() if found else ():
+        key, _, value = part.partition("=")
+        if key == "pad":
+            window[key] = [tuple(map(int, v.split("_"))) for v in value.split("x")]
+        elif key in window:
+            window[key] = [int(v) for v in value.split("x")]
+    return window
+
+
+@functools.lru_cache(4096)
+def _pairs(size: int, kernel: int, out: int, how: tuple) -> int:
+    """(output, kernel) positions of one dimension that meet an element, not padding or a hole."""
+    stride, (low, _), left_dilation, right_dilation = how
+    at = np.arange(out)[:, None] * stride + np.arange(kernel) * right_dilation - low
+    inside = (at >= 0) & (at <= (size - 1) * left_dilation) & (at % left_dilation == 0)
+    return int(inside.sum())
+
+
+def _library(instruction: Instruction, operands: tuple[Array, ...]) -> float:
+    """A kernel that states its cost, or a matrix product of a vendor's library."""
+    estimate = _ESTIMATE.search(instruction.attributes)
+    if estimate:
+        return float(json.loads(estimate.group(1)).get("flops", 0))
+    contracting = _GEMM.search(instruction.attributes)
+    if contracting and operands:
+        axes = tuple(int(n.strip('" ')) for n in contracting.group(1).split(",") if n)
+        return _dot(instruction.arrays[0], operands[0], axes)
+    return 0.0

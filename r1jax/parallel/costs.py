@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one run of a compiled program does on one device: arithmetic, memory traffic, collectives.
+
+The compiler's own `cost_analysis` counts the body of a loop once; here every count is multiplied by
+the turns of the loops around it. Rules, each a decision:
+
+- Arithmetic is that of products (`r1jax.parallel.arithmetic`), by the type of the left operand.
+- A conditional runs the branch with the most arithmetic, or the one `branch` chooses.
+- A loop without a fixed count is reported as such, and turns as often as `guess` says.
+- Memory traffic is operands read and results written by everything that is not inside a fusion and
+  lies in the main memory; of a sliced operand the slice, of an updated one the update.
+- A collective moves (n − 1)/n of what it leaves or takes, n devices in its group: an all-gather
+  n − 1 times its operand, a reduce-scatter and an all-to-all (n − 1)/n of it, an all-reduce twice
+  that, a permutation all of it. An all-to-all of ragged rows is taken as full.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from r1jax.parallel.arithmetic import flops, kernel, ragged_groups, ragged_kernel
+from r1jax.parallel.groups import Groups, groups
+from r1jax.parallel.hlo import Array, Computation, Instruction, Program
+from r1jax.parallel.loops import Place, bound, trips
+from r1jax.parallel.traffic import traffic
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_TWICE = {"all-reduce"}
+_WHOLE = {"collective-permute", "collective-broadcast"}
+
+
+class Collective(NamedTuple):
+    """One collective, counted over the whole run.
+
+    Attributes:
+        kind: one of `KINDS`.
+        groups: devices that it joins; () is all.
+        sent: bytes that leave a device, all turns together.
+        times: how often it runs.
+        op_name: scopes it was traced in.
+    """
+
+    kind: str
+    groups: Groups
+    sent: float
+    times: float
+    op_name: str
+
+
+class Loop(NamedTuple):
+    """A loop whose count depends on data: its most turns if they can be told, and those taken."""
+
+    op_name: str
+    bound: int | None
+    turns: float
+
+
+@dataclass
+class Costs:
+    """Of one device and one run.
+
+    Attributes:
+        flops: by element type.
+        traffic: bytes read and written in the main memory.
+        collectives: all of them.
+        loops: those without a fixed count.
+        opaque: {target: runs} of library calls that do not say what they cost.
+    """
+
+    flops: dict[str, float] = field(default_factory=dict)
+    traffic: float = 0.0
+    collectives: list[Collective] = field(default_factory=list)
+    loops: list[Loop] = field(default_factory=list)
+    opaque: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total_flops(self) -> float:
+        """Of all types."""
+        return sum(self.flops.values())
+
+    def add(self, other: "Costs") -> None:
+        """Adds what another part does."""
+        for name, n in other.flops.items():
+            self.flops[name] = self.flops.get(name, 0.0) + n
+        for name, n in other.opaque.items():
+            self.opaque[name] = self.opaque.get(name, 0.0) + n
+        self.traffic += other.traffic
+        self.collectives += other.collectives
+        self.loops += other.loops
+
+
+class Rules(NamedTuple):
+    """What the program does not say.
+
+    Attributes:
+        devices: in the program, for groups written as "all".
+        guess: turns of a loop from its scopes and the most it can take (None: unknown).
+        branch: branch that a conditional runs, from its scopes and the costs of all; None: the one
+            with the most arithmetic.
+        filled: share of the rows of a ragged product that belong to some group.
+    """
+
+    devices: int
+    guess: Callable[[str, int | None], float]
+    branch: Callable[[str, list[Costs]], int] | None = None
+    filled: float = 1.0
+
+
+def half(op_name: str, most: int | None) -> float:
+    """(n + 1) / 2 of at most n turns: a causal row of blocks, averaged over its queries."""
+    del op_name
+    return (most + 1) / 2 if most else 1.0
+
+
+def measure(program: Program, rules: Rules) -> Costs:
+    """The costs of one run of the program on one device."""
+    return _costs(program, Place(program.computations[program.entry]), 1.0, rules)
+
+
+def _costs(program: Program, place: Place, times: float, rules: Rules, fused: float = 0.0) -> Costs:
+    """Of a computation that runs `times` times.
+
+    `fused` is 0 outside fusions; in one it is what its arithmetic is to be divided by.
+    """
+    total, inner = Costs(), program.computations
+    for one in place.computation.instructions.values():
+        operands = arrays(place.computation, one)
+        if one.opcode == "while":
+            total.add(_loop(program, one, place, times, rules))
+        elif one.opcode == "conditional":
+            total.add(_conditional(program, one, place, times, rules))
+        elif one.opcode in ("call", "async-start") and (name := _callee(one)) in inner:
+            total.add(_costs(program, Place(inner[name], place.callers), times, rules, fused))
+        else:
+            if one.opcode == "fusion" and (name := one.called("calls")) in inner:
+                groups_of = ragged_groups(one)
+                shares = groups_of / rules.filled if groups_of > 1 else max(fused, 1.0)
+                total.add(_costs(program, Place(inner[name]), times, rules, shares))
+            _single(total, one, operands, times / max(fused, 1.0), rules)
+            if (kind := _kind(place.computation, one)) is not None:
+                total.collectives.append(_collective(kind, one, operands, times, rules))
+        if not fused:
+            total.traffic += times * traffic(program, place.computation, one)
+    return total
+
+
+def _single(
+    total: Costs, one: Instruction, operands: tuple[Array, ...], times: float, rules: Rules
+) -> None:
+    n = flops(one, operands)
+    if n:
+        floats = [a.dtype for a in (*operands, *one.arrays) if a.dtype[0] in "bf" and a.dims]
+        name = floats[0] if floats else one.arrays[0].dtype
+        n *= rules.filled if ragged_kernel(one) else 1.0
+        total.flops[name] = total.flops.get(name, 0.0) + n * times
+    elif kernel(one):
+        name = one.name.rstrip(".0123456789")
+        total.opaque[name] = total.opaque.get(name, 0.0) + times
+
+
+def _loop(program: Program, one: Instruction, place: Place, times: float, rules: Rules) -> Costs:
+    body = program.computations.get(one.called("body") or "")
+    if body is None:
+        return Costs()
+    turns, unknown = trips(program, one, place), []
+    if turns is None:
+        most = bound(program, one)
+        turns = rules.guess(one.op_name, most)
+        unknown = [Loop(one.op_name, most, turns)]
+    found = _costs(
+        program, Place(body, (*place.callers, (place.computation, one))), times * turns, rules
+    )
+    found.loops += unknown
+    return found
+
+
+def _conditional(
+    program: Program, one: Instruction, place: Place, times: float, rules: Rules
+) -> Costs:
+    names = list(_branches(one))
+    found = [
+        _costs(program, Place(program.computations[name], place.callers), times, rules)
+        for name in names
+        if name in program.computations
+    ]
+    if not found:
+        return Costs()
+    if rules.branch is not None:
+        return found[rules.branch(one.op_name, found)]
+    return max(found, key=lambda costs: costs.total_flops)
+
+
+def _branches(one: Instruction) -> Iterator[str]:
+    many = one.attributes.partition("branch_computations={")[2].partition("}")[0]
+    yield from (name.strip().lstrip("%") for name in many.split(",") if name.strip())
+    for role in ("true_computation", "false_computation"):
+        if (name := one.called(role)) is not None:
+            yield name
+
+
+def _callee(one: Instruction) -> str | None:
+    return one.called("to_apply") if one.opcode == "call" else one.called("calls")
+
+
+def _kind(computation: Computation, one: Instruction) -> str | None:
+    """The kind of a collective; None for anything else, and for copies of one that runs once.
+
+    XLA:TPU copies an overlapped collective into each fusion that hides a piece of it; the one that
+    starts it counts. A reduce-scatter is written as an all-reduce in a computation of that name.
+    """
+    kind = one.opcode.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    if "async_collective_fusion_config" in one.attributes:
+        starts = (i for i in computation.instructions.values() if _starts(i))
+        if not any(one.name in start.operands for start in starts):
+            return None
+    if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+        return "reduce-scatter"
+    return kind
+
+
+def _starts(one: Instruction) -> bool:
+    return one.opcode == "custom-call" and "AsyncCollectiveStart" in one.attributes
+
+
+def _collective(
+    kind: str, one: Instruction, operands: tuple[Array, ...], times: float, rules: Rules
+) -> Collective:
+    found = groups(one)
+    n = len(found[0]) if found else rules.devices
+    given = operands[:1] if kind == "ragged-all-to-all" else operands
+    size = sum(a.bytes for a in given)
+    if kind in _WHOLE:
+        sent = size
+    elif kind == "all-gather":
+        sent = size * (n - 1)
+    else:
+        sent = size * (n - 1) / n * (2 if kind in _TWICE else 1)
+    return Collective(kind, found, sent * times, times, one.op_name)
+
+
+def arrays(computation: Computation, one: Instruction) -> tuple[Array, ...]:
+    """Arrays of all operands."""
+    found = (computation.instructions.get(name) for name in one.operands)
+    return tuple(a for operand in found if operand is not None for a in operand.arrays)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that one instruction reads and writes in a device's main memory."""
+
+from r1jax.parallel.hlo import Array, Computation, Instruction, Program
+
+# These move nothing themselves: they name, rename or hold together, or their work stands elsewhere.
+_STILL = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
+    "call", "after-all", "add-dependency", "partition-id", "replica-id", "opt-barrier",
+    "async-start", "async-update", "async-done", "copy-done", "slice-done",
+}  # fmt: skip
+_CUTS = {"dynamic-slice", "slice", "slice-start", "gather"}
+_VIEWS = {"bitcast", "reshape", "copy", "convert", "transpose"}
+
+
+def traffic(program: Program, computation: Computation, one: Instruction) -> float:
+    """Of one run of an instruction that stands outside fusions.
+
+    A slice reads what it cuts out; an update in place writes what it puts in; a fusion does so for
+    the operands that it only slices and the result that it only updates.
+    """
+    if one.opcode in _STILL or one.opcode.endswith("-done") or _marks(one):
+        return 0.0
+    operands = [computation.instructions.get(name) for name in one.operands]
+    read = [_main(o.arrays) if o is not None else 0.0 for o in operands]
+    if one.opcode == "fusion":
+        inner = program.computations.get(one.called("calls") or "")
+        return _fusion(inner, one, read) if inner else sum(read) + _main(one.arrays)
+    if one.opcode in _CUTS:
+        kept = one.arrays[-1:] if one.opcode == "slice-start" else one.arrays
+        cut = sum(a.bytes for a in kept)
+        return (cut if read[:1] != [0.0] else 0.0) + _main(kept)
+    if one.opcode in ("dynamic-update-slice", "scatter"):
+        update = 1 if one.opcode == "dynamic-update-slice" else 2
+        return 2 * read[update] if len(read) > update else sum(read)
+    if one.opcode.endswith("-start"):  # operands are part of the result
+        return sum(read) + max(_main(one.arrays) - sum(read), 0.0)
+    return sum(read) + _main(one.arrays)
+
+
+def _marks(one: Instruction) -> bool:
+    marks = ("AllocateBuffer", "ConcatBitcast", "AssumeGather", "GatherScatterIndices", "Sharding")
+    return one.opcode == "custom-call" and any(m in one.attributes for m in marks)
+
+
+def _main(arrays: tuple[Array, ...]) -> float:
+    return sum(a.bytes for a in arrays if a.space == 0)
+
+
+def _fusion(inner: Computation, one: Instruction, read: list[float]) -> float:
+    total = 0.0
+    for number, parameter in inner.parameters().items():
+        if number < len(read) and read[number]:
+            touched = _touched(inner, parameter.name)
+            total += read[number] if touched is None else min(touched, read[number])
+    root = inner.root()
+    parts = [inner.instructions.get(o) for o in root.operands] if root is not None else []
+    ends = parts if root is not None and root.opcode == "tuple" else [root]
+    for array, end in zip(one.arrays, ends, strict=False):
+        update = _update(inner, end)
+        total += min(update, array.bytes) if update is not None else _main((array,))
+    return total
+
+
+def _touched(inner: Computation, name: str) -> float | None:
+    """Bytes that a fusion reads of an operand that it only cuts or updates; None: all of it."""
+    total = 0.0
+    for user in inner.instructions.values():
+        if name not in user.operands:
+            continue
+        first = user.operands[0] == name
+        if user.opcode in _CUTS and first:
+            total += sum(a.bytes for a in user.arrays)
+        elif user.opcode == "dynamic-update-slice" and first:
+            continue
+        elif user.opcode in ("bitcast", "reshape"):
+            deeper = _touched(inner, user.name)
+            if deeper is None:
+                return None
+            total += deeper
+        else:
+            return None
+    return total
+
+
+def _update(inner: Computation, end: Instruction | None) -> float | None:
+    """Bytes that a result which is an operand updated in place gets written; None: it is not."""
+    while end is not None and end.opcode in _VIEWS and end.operands:
+        end = inner.instructions.get(end.operands[0])
+    if end is None or end.opcode != "dynamic-update-slice":
+        return None
+    put = inner.instructions.get(end.operands[1])
+    return sum(a.bytes for a in put.arrays) if put is not None else None

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step compiled for a pod that need not be there: does it fit, what does it move, how long."""
+
+import dataclasses
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from r1jax.config import MeshConfig, PlanConfig
+from r1jax.parallel import costs, roofline
+from r1jax.parallel.hlo import parse
+from r1jax.parallel.mesh import for_decoding, for_long_rows, for_training, make_mesh
+from r1jax.parallel.stacks import Stacked, stacked
+from r1jax.parallel.topology import Topology, devices
+from r1jax.train import jobs
+from r1jax.train.failure import StageFailed
+
+_GIB = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+# Two wordings of the compiler's: what the temporaries need, or what all of it needs.
+_TEMPORARIES = re.compile(r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds")
+_ALL = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+
+
+class Plan(NamedTuple):
+    """What is known of a step on a pod. Bytes, seconds and FLOP are of one device unless named.
+
+    Attributes:
+        topology: of the pod.
+        what: one of `jobs.WHAT`.
+        mesh: sizes of its axes.
+        arguments: bytes of each part of the arguments, by name.
+        argument_bytes: of all of them, as the compiler lays them out.
+        temporary_bytes: of everything else that lives while the step runs.
+        host_bytes: in the memory of the host, for this device.
+        stacked: what of it is kept from layer to layer.
+        tokens: of all devices.
+        model_flops: of all devices.
+        compile_seconds: of the compiler alone.
+        costs: counts of the compiled program; None if it did not compile for lack of memory.
+        times: the roofline's; None with them.
+    """
+
+    topology: Topology
+    what: str
+    mesh: MeshConfig
+    arguments: dict[str, int]
+    argument_bytes: float
+    temporary_bytes: float
+    host_bytes: float
+    stacked: Stacked | None
+    tokens: int
+    model_flops: float
+    compile_seconds: float
+    costs: costs.Costs | None
+    times: roofline.Times | None
+
+    @property
+    def used(self) -> float:
+        """Bytes of arguments and temporaries."""
+        return self.argument_bytes + self.temporary_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether it compiled within the memory that the chip has."""
+        return self.costs is not None and self.used <= self.topology.chip.hbm
+
+    def mfu(self, seconds: float) -> float:
+        """Model FLOP utilisation of a step of so many seconds, of the peak in bfloat16."""
+        return self.model_flops / (seconds * self.topology.devices * self.topology.chip.bf16)
+
+
+def mesh_for(cfg: PlanConfig, topology: Topology, what: str) -> MeshConfig:
+    """The mesh of the config, or of one device (all axes 1) what suits the program on this pod.
+
+    Raises:
+        ValueError: it does not multiply to the pod's devices, or cuts the model or the batch
+            unevenly.
+    """
+    rows = cfg.grpo.prompts * cfg.grpo.group_size
+    length = cfg.sampled_length
+    if what == "train":
+        rows, length = cfg.rows_per_device * topology.devices // cfg.micro_batches, cfg.length
+    elif what == "grpo":
+        rows //= cfg.grpo.update.minibatches * cfg.grpo.update.micro_batches
+    mesh = cfg.mesh
+    if mesh.devices == 1 < topology.devices:
+        mesh = _proposed(cfg, topology, what, rows)
+    if mesh.devices != topology.devices:
+        sizes = " × ".join(f"{name} {n}" for name, n in mesh.sizes().items() if n > 1)
+        raise ValueError(
+            f"mesh {sizes or 'of one device'} = {mesh.devices} devices, but {topology.name} has "
+            f"{topology.devices}; {_repair(mesh, topology)} or choose another topology"
+        )
+    mesh.check(cfg.model, rows=rows, length=mesh.context if what == "decode" else length)
+    return mesh
+
+
+def _proposed(cfg: PlanConfig, topology: Topology, what: str, rows: int) -> MeshConfig:
+    inside, slices = topology.devices // topology.slices, topology.slices
+    if what == "decode":
+        return dataclasses.replace(for_decoding(cfg.model, inside), slices=slices)
+    if what == "grpo" and rows % topology.devices:
+        one = for_long_rows(cfg.model, inside, rows=rows // slices, length=cfg.sampled_length)
+        return dataclasses.replace(one, slices=slices)
+    return for_training(cfg.model, topology.devices, slices=slices)
+
+
+def _repair(mesh: MeshConfig, topology: Topology) -> str:
+    others = mesh.devices // mesh.fsdp
+    if topology.devices % others == 0:
+        return f"set mesh.fsdp={topology.devices // others}"
+    return f"its other axes take {others}, which does not divide {topology.devices}: change them"
+
+
+def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | None = None) -> Plan:
+    """Compiles one of the three programs for a pod and reads what it costs.
+
+    Args:
+        chips: devices to compile for instead of the pod's, as many.
+
+    Raises:
+        ValueError: mesh, model or batch do not go together, or libtpu is missing.
+        StageFailed: the compiler fails for another reason than memory.
+    """
+    sizes = mesh_for(cfg, topology, what)
+    mesh = make_mesh(sizes, devices(topology) if chips is None else chips)
+    with jax.set_mesh(mesh):
+        job = jobs.make(what, cfg, mesh)
+        lowered = job.run.lower(*job.args, **job.kwargs)
+        began = time.monotonic()
+        compiled, short = _compiled(lowered)
+    took = time.monotonic() - began
+    given = job.bytes_by_part()
+    fixed = (topology, what, sizes, given)
+    if compiled is None:
+        total = sum(given.values())
+        temporary = short.bytes if short.temporaries else max(short.bytes - total, 0.0)
+        return Plan(
+            *fixed, total, temporary, 0, None, job.tokens, job.model_flops, took, None, None
+        )
+    memory = compiled.memory_analysis()
+    program = parse(compiled.as_text())
+    found = costs.measure(program, _rules(cfg, sizes))
+    times = roofline.times(found, topology.chip, roofline.spots(mesh.devices.flat))
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Plan(
+        *fixed,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes + max(kept, 0),
+        memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
+        stacked(program),
+        job.tokens,
+        job.model_flops,
+        took,
+        found,
+        times,
+    )
+
+
+class _Short(NamedTuple):
+    """How much a program needs that does not fit; of the temporaries alone, or of everything."""
+
+    bytes: float
+    temporaries: bool
+
+
+def _compiled(lowered: Any) -> tuple[Any, _Short | None]:
+    """(the program, None), or (None, what it needs) if memory is short."""
+    try:
+        return lowered.compile(), None
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error)
+        for pattern, temporaries in ((_TEMPORARIES, True), (_ALL, False)):
+            if found := pattern.search(said):
+                n, unit = found.groups()
+                return None, _Short(float(n) * _GIB[unit], temporaries)
+        line = " ".join(said.split())
+        raise StageFailed(f"the compiler cannot do this step: {line[:400]}") from error
+
+
+def _rules(cfg: PlanConfig, mesh: MeshConfig) -> costs.Rules:
+    filled = 1.0 / cfg.model.moe.dispatch_slack if mesh.expert > 1 else 1.0
+    return costs.Rules(mesh.devices, costs.half, _bounded, filled)
+
+
+def _bounded(op_name: str, branches: list[costs.Costs]) -> int:
+    """Tokens travel to their experts by the bounded way: no buffer overflows. Anything else takes
+    the branch with the most arithmetic."""
+    sparse = [any(c.kind == "ragged-all-to-all" for c in branch.collectives) for branch in branches]
+    if "routed_experts" in op_name and any(sparse):
+        return sparse.index(True)
+    return max(range(len(branches)), key=lambda i: branches[i].total_flops)

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans, compiled for the CPU's virtual devices, and for a TPU where its compiler is there."""
+
+import dataclasses
+import importlib.util
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from r1jax.cli.plan_table import write_plan, write_search
+from r1jax.config import GRPOConfig, MeshConfig, PlanConfig, SamplingConfig
+from r1jax.eval.plan_picture import draw
+from r1jax.nn.count import decode_flops, forward_flops, size, train_flops
+from r1jax.parallel import costs
+from r1jax.parallel.hlo import parse
+from r1jax.parallel.topology import Chip, Topology
+from r1jax.train import plan_search
+from r1jax.train.failure import StageFailed
+from r1jax.train.plan import Plan, mesh_for, plan
+from r1jax.train.plan_report import report, verdict
+from tests.nn import tiny
+
+CHIP = Chip(hbm=1e9, bf16=1e11, fp8=1e11, memory=1e10, link=1e9, network=1e9, dimensions=1)
+EIGHT = Topology("eight", "cpu", CHIP, (8,))
+MODEL = tiny.model_config(
+    vocab_size=16,
+    hidden_size=16,
+    moe=dataclasses.replace(tiny.model_config().moe, n_routed_experts=8, n_group=2, topk_group=1),
+)
+CFG = PlanConfig(
+    model=MODEL,
+    mesh=MeshConfig(fsdp=4, expert=2),
+    rows_per_device=1,
+    length=16,
+    grpo=GRPOConfig(prompts=4, group_size=2),
+    sampling=SamplingConfig(prompt_length=8, max_new_tokens=8),
+)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Plan:
+    return plan(CFG, EIGHT, "train", chips=jax.devices())
+
+
+def test_memory_is_split_into_what_the_state_holds(trained):
+    """Parameters twice over in Adam's moments; all that can be cut is cut over eight devices."""
+    s = size(MODEL)
+    whole = 4 * (s.parameters + s.mtp)
+    parts = trained.arguments
+    assert parts["optimizer"] == pytest.approx(2 * parts["parameters"], rel=0.02)
+    assert whole / 8 <= parts["parameters"] < whole / 2, "what is small or odd lies on all"
+    assert parts["batch"] == 5 * 4 * CFG.length, "one row a device, of five arrays"
+    assert trained.argument_bytes == pytest.approx(sum(parts.values()), rel=0.05)
+    assert trained.fits
+
+
+def test_what_a_report_holds(trained):
+    facts = report(trained, CFG)
+    json.dumps(facts)
+    assert facts["fits"] is True
+    assert facts["devices"] == 8
+    assert facts["tokens"] == 8 * CFG.length
+    assert facts["model_flops"] == facts["tokens"] * train_flops(MODEL, CFG.length)
+    assert facts["hbm_per_chip_gb"] == facts["arguments_gb"] + facts["temporaries_gb"]
+    assert sum(b for axes in facts["collectives_gb"].values() for b in axes.values()) == (
+        pytest.approx(facts["collective_gb"])
+    )
+    moved = {axis for axes in facts["collectives_gb"].values() for axis in axes}
+    assert {"fsdp+expert", "expert"} <= moved <= {"fsdp+expert", "expert", "fsdp", "none"}
+    # Small experts on a CPU compute every expert for every token: 4 times the routed arithmetic.
+    assert 1.0 < facts["counted_flops"] / facts["model_flops"] < 4.0
+    seconds = facts["seconds"]
+    assert seconds["compute"] == pytest.approx(facts["counted_flops"] / 8 / CHIP.bf16)
+    assert seconds["overlapped"] == max(list(seconds.values())[:4])
+    assert facts["mfu"]["serial"] < facts["mfu"]["overlapped"] <= 1.0
+    assert any("buffer" in line for line in facts["assumptions"])
+
+
+def test_tables_and_pictures(trained, tmp_path):
+    facts = report(trained, CFG)
+    short = report(trained._replace(costs=None, times=None, stacked=None), CFG)
+    for one in (facts, short):
+        out = io.StringIO()
+        write_plan(one, out)
+        text = out.getvalue()
+        assert "mesh fsdp 4 × expert 2" in text
+        assert ("MFU" in text) == (one is facts)
+        assert all(len(line) <= 120 for line in text.splitlines())
+        draw(one, tmp_path / "plan.svg")
+        picture = (tmp_path / "plan.svg").read_text()
+        assert "optimizer" in picture
+        assert ("arithmetic" in picture) == (one is facts)
+
+
+def test_what_does_not_fit_is_said_in_one_line(trained):
+    small = trained._replace(topology=EIGHT._replace(chip=CHIP._replace(hbm=trained.used - 1e3)))
+    line = verdict(small, CFG)
+    assert not small.fits
+    assert "does not fit" in line
+    assert "\n" not in line
+    cases = {
+        "micro_batches=2": dict(rows_per_device=2),
+        "rows_per_device": dict(rows_per_device=1),
+    }
+    for word, change in cases.items():
+        assert word in verdict(small, dataclasses.replace(CFG, **change))
+    tight = trained._replace(topology=EIGHT._replace(chip=CHIP._replace(hbm=1e3)))
+    assert "arguments alone" in verdict(tight, CFG)
+
+
+def test_decoding_holds_caches_and_no_moments():
+    found = plan(CFG, EIGHT, "decode", chips=jax.devices())
+    assert set(found.arguments) == {"parameters", "cache"}
+    slots = (CFG.grpo.prompts + 8) * 8  # of prompts, and of rows
+    assert found.arguments["cache"] >= 4 * slots * size(MODEL).cache_values / 8
+    assert found.tokens == 8
+    assert found.model_flops == 8 * decode_flops(MODEL, 16)
+    assert found.fits
+
+
+@pytest.mark.slow
+def test_grpo_holds_a_reference():
+    found = plan(CFG, EIGHT, "grpo", chips=jax.devices())
+    assert found.arguments["reference"] == pytest.approx(found.arguments["parameters"], rel=0.02)
+    assert 1.0 < found.costs.total_flops * 8 / found.model_flops < 6.0
+
+
+def test_a_dense_decoder_costs_what_count_says():
+    """Products of a compiled forward pass and gradient against `nn.count`, to the operation."""
+    cfg = tiny.dense_config(qwen2=False)
+    model, length = tiny.model(cfg), 16
+    ids = jnp.ones((2, length), jnp.int32)
+
+    def loss(model):
+        return (model(ids, ids, ids).hidden_BTD @ model.head_DN()).sum()
+
+    s = size(cfg)
+    norms = 2 * cfg.hidden_size * (2 * cfg.num_layers + 1)  # counted as matmul weights there
+    forward = 2 * length * (s.flops - norms + s.attention_flops * length)
+
+    def counted(fn):
+        text = jax.jit(fn).lower(model).compile().as_text()
+        return costs.measure(parse(text), costs.Rules(1, costs.half)).total_flops
+
+    assert counted(loss) == forward
+    assert counted(jax.grad(loss, allow_int=True)) == pytest.approx(3 * forward, rel=0.12)
+    assert forward_flops(cfg, length) == s.flops + s.attention_flops * (length + 1) / 2
+
+
+def test_meshes_are_chosen_checked_and_named():
+    pod = EIGHT._replace(name="v5p-16")
+    chosen = mesh_for(dataclasses.replace(CFG, mesh=MeshConfig()), pod, "train")
+    assert chosen.devices == 8
+    assert mesh_for(CFG, pod, "train") == CFG.mesh
+    for mesh, said in (
+        (MeshConfig(fsdp=4), "mesh fsdp 4 = 4 devices, but v5p-16 has 8; set mesh.fsdp=8"),
+        (MeshConfig(expert=3), "does not divide 8"),
+        (MeshConfig(tensor=8), "model.intermediate_size=12 must be divisible"),
+    ):
+        with pytest.raises(ValueError, match="mesh") as error:
+            mesh_for(dataclasses.replace(CFG, mesh=mesh), pod, "train")
+        assert said in str(error.value)
+
+
+def test_a_search_keeps_what_it_finds_and_goes_on(tmp_path, monkeypatch, trained):
+    compiled = []
+
+    def fake(cfg, topology, what):
+        compiled.append(cfg)
+        if len(compiled) == 3:
+            raise RuntimeError("killed")
+        if len(compiled) == 5:
+            raise StageFailed("the compiler cannot do this step: a bug of its own")
+        return trained._replace(mesh=cfg.mesh, temporary_bytes=1e6 * len(compiled))
+
+    monkeypatch.setattr(plan_search, "plan", fake)
+    out, said = tmp_path / "runs" / "found.jsonl", []
+    how = dict(out=out, tries=4, say=said.append)
+    with pytest.raises(RuntimeError, match="killed"):
+        plan_search.search(CFG, EIGHT, "train", **how)
+    assert len(out.read_text().splitlines()) == 2
+    with out.open("a") as lines:
+        lines.write('{"cut off')
+    found = plan_search.search(CFG, EIGHT, "train", **how)
+    assert len(found) == 4
+    assert len(compiled) == 3 + 2, "the two that were known are not compiled again"
+    assert found[0]["mesh"] == CFG.mesh.sizes() or len({json.dumps(f["mesh"]) for f in found}) > 1
+    speeds = [f["tokens_per_second"]["serial"] for f in found if f["fits"]]
+    assert speeds == sorted(speeds, reverse=True)
+    assert len(speeds) == 3
+    assert "bug of its own" in found[-1]["failed"], "it goes on, and the failure is kept"
+    shown = io.StringIO()
+    write_search(found, shown)
+    assert "fails" in shown.getvalue()
+    assert sum("known" in line for line in said) == 2
+
+
+def test_candidates_start_with_the_config_and_all_go_with_the_pod():
+    found = list(plan_search.candidates(CFG, EIGHT, "train"))
+    assert found[0].mesh == CFG.mesh
+    assert len(set(found)) == len(found) > 5
+    assert all(c.mesh.devices == 8 for c in found)
+
+
+libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is not installed"
+)
+
+
+@libtpu
+@pytest.mark.slow
+def test_a_step_is_compiled_for_a_tpu_that_is_not_there():
+    from r1jax.parallel.topology import parse as parse_name
+
+    wide = dataclasses.replace(MODEL, num_layers=2, dtype="bfloat16", remat=True)
+    cfg = dataclasses.replace(CFG, model=wide, mesh=MeshConfig(fsdp=2, expert=2))
+    found = plan(cfg, parse_name("v5e-4"), "train")
+    assert found.fits
+    assert found.arguments["optimizer"] > found.arguments["parameters"]
+    facts = report(found, cfg)
+    assert "ragged-all-to-all" in facts["collectives_gb"]
+    assert 1.0 < facts["counted_flops"] / facts["model_flops"] < 3.0
