@@ -29,6 +29,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("r1jax")
 
 
+def pytest_configure(config):
+    """Compiled programs are kept in pytest's own cache: the next run of the same tests, and the
+    commands that tests start, find them there. `--cache-clear` forgets them."""
+    folder = str(config.cache.mkdir("jax"))
+    for name, value in (
+        ("jax_compilation_cache_dir", folder),
+        ("jax_persistent_cache_min_compile_time_secs", 0.5),
+    ):
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs_forgotten():
     """A program on CPU keeps some ten memory maps; a process may have 65,530 and dies of more."""
