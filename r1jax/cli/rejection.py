@@ -30,6 +30,8 @@ file, or a run. DATA are files: JSON lines, a JSON list (both also gzipped) or P
   humaneval mbpp cruxeval               programs run against unit tests, in a sandbox
   questions                             your own: question (or problem) with answer, or
                                         with a solution that ends in \\boxed{...}
+  scripts                               your own: question with cases (input, output)
+  choices                               your own: question with options and answer
   task:arithmetic task:countdown task:quadratic
                                         generated problems, for models of the quickstart;
                                         no DATA
