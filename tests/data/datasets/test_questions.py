@@ -218,6 +218,12 @@ def test_every_worked_solution_is_read(name):
     assert len(conversations(at_hand(name)).items) == WORKED[name]
 
 
+def test_r1s_traces_have_a_thought_and_an_answer():
+    path = at_hand("cot/limo_r1_distill_qwen_32b_291.jsonl")
+    found = conversations(path, answer_from="**Final Answer**")
+    assert len(found.items) == 291
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_of_other_files_is_read(name):
     assert sum(isinstance(row, dict) for _, row in read_rows(at_hand(name))) == ROWS[name]
