@@ -31,7 +31,7 @@ ASKED = ("problem", "question")
 WORKED = ("solution", "generated_solution")
 ANSWERED = ("answer", "final_answer", "gold_answer", "expected_answer")
 LETTERS = "ABCDEFGHIJ"
-GSM8K_ANSWER = re.compile(r"^####[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+GSM8K_ANSWER = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
 
 
 def gsm8k(path: str | Path, *, skip: bool = False) -> Rows[Question]:
@@ -156,7 +156,7 @@ def _gsm8k(row: Row) -> Question:
     found = GSM8K_ANSWER.findall(worked)
     if not found:
         raise ValueError("field 'answer' has no line '#### N'")
-    answer = found[-1].replace(",", "")
+    answer = found[-1].replace(",", "").strip()
     name = identity("gsm8k", question)
     return Question(question, answer, "gsm8k", name, solution=worked)
 
