@@ -30,6 +30,8 @@ file, or a run. DATA are files: JSON lines, a JSON list (both also gzipped) or P
   humaneval mbpp cruxeval               programs run against unit tests, in a sandbox
   questions                             your own: question (or problem) with answer, or
                                         with a solution that ends in \\boxed{...}
+  scripts                               your own: question with cases (input, output)
+  choices                               your own: question with options and answer
   task:arithmetic task:countdown task:quadratic
                                         generated problems, for models of the quickstart;
                                         no DATA
@@ -42,7 +44,8 @@ _EXAMPLES = """\
 examples:
   r1jax rejection-sample runs/quickstart --dataset task:arithmetic --out runs/traces
   r1jax rejection-sample MODEL gsm8k/train.jsonl --dataset gsm8k --out runs/gsm8k \\
-      --decontaminate gsm8k/test.jsonl math500/test.jsonl --samples 16 --keep 4
+      --decontaminate gsm8k/test.jsonl math500/test.jsonl --samples 16 --keep 4 \\
+      --instruction "Reason step by step; put your final answer within \\boxed{}."
   r1jax rejection-sample MODEL gsm8k=a.jsonl mbpp=b.jsonl --out runs/mixed \\
       --share gsm8k=3 --share mbpp=1
 
@@ -173,8 +176,13 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
     config = {k: v for k, v in vars(args).items() if k not in apart}
     config["source"] = str(args.source.resolve())
     named = [] if (args.dataset or "").startswith(TASK) else _named(args)
-    config["data"] = {f"{name}={path.name}": _digest(path) for name, path in named}
-    config["decontaminate"] = {path.name: _digest(path) for path in args.decontaminate}
+    # By name and content, wherever they lie; two files of one name are told apart by their place.
+    config["data"] = {
+        f"{i}: {name}={path.name}": _digest(path) for i, (name, path) in enumerate(named)
+    }
+    config["decontaminate"] = {
+        f"{i}: {path.name}": _digest(path) for i, path in enumerate(args.decontaminate)
+    }
     return {"rejection_sample": config}
 
 

@@ -22,6 +22,8 @@ QUESTION_SETS = (
     "mbpp",
     "cruxeval",
     "questions",
+    "scripts",
+    "choices",
 )
 """Generated tasks, then the readers of `r1jax.data.datasets.QUESTIONS`."""
 TEMPLATES = ("r1", "primer", "plain")

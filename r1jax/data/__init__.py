@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data without files: tasks that make and verify problems, the tokenizer, templates, packing."""
+"""Data without files: tasks that make and verify problems, the tokenizer, templates, packing.
+
+Data sets in files are read by `r1jax.data.datasets`.
+"""
 
 from r1jax.data.corpus import (
     batch_at,

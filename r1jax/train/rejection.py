@@ -21,6 +21,7 @@ import numpy as np
 
 from r1jax.config import SamplingConfig
 from r1jax.data.datasets import Message
+from r1jax.eval.summary import versions
 from r1jax.io import jsonl, outdir
 from r1jax.io.model import Model
 from r1jax.rl.rejection import NGrams
@@ -137,7 +138,7 @@ def run(model: Model, items: Sequence[Item], how: Run, *, asked: Mapping[str, An
     chosen = choose(rows, items, how.choice, how.evaluation)
     traces = [_trace(items[rows[i]["item"]], rows[i]) for i in np.flatnonzero(chosen.keep)]
     jsonl.write(how.out / outdir.TRACES, traces)
-    statistics = {"questions": dict(asked), **chosen.statistics}
+    statistics = {"questions": dict(asked), **chosen.statistics, "versions": versions()}
     outdir.write_json(how.out / outdir.STATISTICS, statistics)
     return statistics
 

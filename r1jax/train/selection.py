@@ -13,7 +13,7 @@ from r1jax.data.text import BROKEN
 from r1jax.rl import rejection
 from r1jax.rl.rejection import Filtered, NGrams
 
-_BLOCK = re.compile(r"^[ \t]*(`{3,}|~{3,}).*?^[ \t]*\1[ \t]*$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})")
 _THOUGHT_END = "</think>"
 _EXAMPLES = 5
 
@@ -140,7 +140,24 @@ def prose_of(text: str, *, code: bool) -> str:
     if not code:
         return text
     thought, closed, answer = text.rpartition(_THOUGHT_END)
-    return f"{thought}\n\n{_BLOCK.sub('', answer)}" if closed else _BLOCK.sub("", text)
+    bare = _without_blocks(answer)
+    return f"{thought}\n\n{bare}" if closed else bare
+
+
+def _without_blocks(text: str) -> str:
+    """A text without its fenced blocks; one that is never closed stays. Linear in its length."""
+    kept, held, mark = [], [], ""
+    for line in text.splitlines(keepends=True):
+        if mark:
+            held.append(line)
+            fence = line.strip()
+            if fence.startswith(mark) and not fence.strip(mark[0]):
+                held, mark = [], ""
+        elif found := _FENCE.match(line):
+            held, mark = [line], found[1]
+        else:
+            kept.append(line)
+    return "".join([*kept, *held])
 
 
 def _overlaps(texts: Sequence[str], evaluation: NGrams | None) -> list[str]:

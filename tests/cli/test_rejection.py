@@ -88,7 +88,7 @@ def test_from_questions_to_traces_and_on(folder, data, tmp_path, capsys):
     # The data are part of what was asked.
     other = written(tmp_path / data.name, [{"question": "compute 7 + 8", "answer": "15"}])
     line = refused(capsys, *(other if x is data else x for x in command))
-    assert "data.questions=questions.jsonl" in line
+    assert "data.0: questions=questions.jsonl" in line
     # What is in evaluation sets is not asked.
     words = " ".join(ASKED[0].split())
     held_out = written(tmp_path / "eval.jsonl", [{"problem": words}])

@@ -40,6 +40,15 @@ def test_cruxeval_takes_the_value_and_not_the_call(sandbox, tmp_path):
     assert passed(sandbox, [question] * len(texts), texts).tolist() == [1, 1, 0, 0, 0]
 
 
+def test_scripts_are_run_on_every_case(sandbox, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    cases = [{"input": "1 2", "output": "3"}, {"input": "5 5", "output": "10"}]
+    path.write_text(json.dumps({"question": "Add.", "cases": cases}))
+    (question,) = QUESTIONS["scripts"](path).items
+    texts = ["print(sum(map(int, input().split())))", "print(3)"]
+    assert passed(sandbox, [question] * 2, texts).tolist() == [1, 0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "file", "least"),

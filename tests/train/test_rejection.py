@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import time
 from collections import Counter
 
 import jax
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from r1jax.config import Difficulty
 from r1jax.data.datasets import Message, Question, conversations
+from r1jax.data.template import R1
 from r1jax.data.text import TextTokenizer
 from r1jax.data.tokenizer import task_tokenizer
 from r1jax.io.model import Model
@@ -211,6 +213,8 @@ def test_style_is_judged_of_prose_where_programs_answer():
     block = "```python\nx = 1\n```"
     assert prose_of(f"so {block}", code=False) == f"so {block}"
     assert prose_of(f"so\n{block}", code=True) == "so\n"
+    assert prose_of(f"so\n{block}\nthen\n~~~~\n~~~\n~~~~~\nend", code=True) == "so\nthen\nend"
+    assert prose_of("so\n```\nx", code=True) == "so\n```\nx", "what is never closed stays"
     thought = f"t\n{block}\n</think>\n{block}\nend"
     assert prose_of(thought, code=True).count("```") == 2
     rows = [
@@ -220,6 +224,17 @@ def test_style_is_judged_of_prose_where_programs_answer():
     of = items(2)
     of[0] = of[0]._replace(code=True)
     assert choose(rows, of, Choice(), None).keep.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("loop", ["```python\n", "\n\n", "word ", "$", "中", "</think>", "| --- "])
+def test_answers_that_run_in_circles_are_filtered_in_linear_time(loop):
+    """A sampled answer is any text: 100,000 characters of a loop, twice."""
+    text, evaluation = loop * (100_000 // len(loop)), ngrams_of(["a b c d e f g h i j k"])
+    row = {"item": 0, "text": text, "tokens": 3, "ended": True, "reward": 1.0}
+    of = [items(1)[0]._replace(code=code) for code in (False, True)]
+    began = time.process_time()
+    choose([row, row | {"item": 1}], of, Choice(template=R1), evaluation)
+    assert time.process_time() - began < 5, "quadratic patterns take minutes"
 
 
 @pytest.mark.parametrize(

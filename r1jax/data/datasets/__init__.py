@@ -24,6 +24,7 @@ from r1jax.data.datasets.files import read, read_rows
 from r1jax.data.datasets.pipeline import Batches, Shard, packed_batches, shuffled
 from r1jax.data.datasets.questions import (
     QUESTIONS,
+    choices,
     cruxeval,
     evaluation_texts,
     gsm8k,
@@ -32,6 +33,7 @@ from r1jax.data.datasets.questions import (
     math,
     mbpp,
     read_indices,
+    scripts,
     with_answers,
 )
 from r1jax.data.datasets.records import (
@@ -60,6 +62,7 @@ __all__ = [
     "Rows",
     "Shard",
     "Skipped",
+    "choices",
     "conversation_examples",
     "conversations",
     "cruxeval",
@@ -86,6 +89,7 @@ __all__ = [
     "read",
     "read_indices",
     "read_rows",
+    "scripts",
     "shuffled",
     "with_answers",
 ]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations, preferences and labelled answers out of the formats in common use."""
 
+import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +26,9 @@ _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _SPEAKER = {"Human": "user", "Assistant": "assistant"}
 
 
-def conversations(path: str | Path, *, skip: bool = False) -> Rows[Conversation]:
+def conversations(
+    path: str | Path, *, skip: bool = False, answer_from: str = ""
+) -> Rows[Conversation]:
     """Conversations to learn from.
 
     A row has `messages` (each with `role` and `content`), or `conversations` (each with `from` and
@@ -34,11 +38,22 @@ def conversations(path: str | Path, *, skip: bool = False) -> Rows[Conversation]
     Args:
       path: of a file.
       skip: leave bad rows out instead of refusing the file.
+      answer_from: words that the assistant's answers begin with, such as `**Final Answer**` in
+        traces that R1's students wrote; what stands before their last place becomes the thought,
+        between `<think>` tags. "" leaves replies as they are.
 
     Raises:
       ValueError: bad rows, each by file, line and field; no row; or the file cannot be read.
     """
-    return read(path, _conversation, skip=skip)
+    return read(path, functools.partial(_conversation, answer_from=answer_from), skip=skip)
+
+
+def with_thought(text: str, answer_from: str) -> str:
+    """A reply with all before the last `answer_from` as its thought; ValueError if that is none."""
+    thought, found, answer = text.rpartition(answer_from)
+    if not (found and thought.strip()):
+        raise ValueError(f"the reply has no thought before {answer_from!r}")
+    return f"<think>\n{thought.strip()}\n</think>\n\n{answer_from}{answer}"
 
 
 def preferences(path: str | Path, *, skip: bool = False) -> Rows[Preference]:
@@ -60,16 +75,29 @@ def labelled(path: str | Path, *, skip: bool = False) -> Rows[Labelled]:
     return read(path, _labelled, skip=skip)
 
 
-def _conversation(row: Row) -> Conversation:
+def _conversation(row: Row, *, answer_from: str) -> Conversation:
+    turns = _written(row)
+    if not answer_from:
+        return Conversation(turns)
+    replies = [
+        dataclasses.replace(turn, content=with_thought(turn.content, answer_from))
+        if turn.role == "assistant"
+        else turn
+        for turn in turns
+    ]
+    return Conversation(tuple(replies))
+
+
+def _written(row: Row) -> Messages:
     name = fields.first_of(row, "messages", "conversations", *PROMPTS)
     if name in PROMPTS:
         end = fields.first_of(row, *COMPLETIONS)
         reply = Message("assistant", fields.answer(row[end], end))
-        return Conversation((*fields.prompt(row, name), reply))
+        return (*fields.prompt(row, name), reply)
     turns = fields.messages(row[name], name)
     if all(turn.role != "assistant" for turn in turns):
         raise ValueError(f"field {name!r} has no turn of the assistant's, so nothing to learn")
-    return Conversation(turns)
+    return turns
 
 
 def _preference(row: Row) -> Preference:

@@ -234,7 +234,8 @@ def _as_written(before: Sequence[Message], content: str, tokenizer: TextTokenize
     reply = {"role": "assistant", "content": content}
     whole = tokenizer.chat([*turns, reply], add_generation_prompt=False)
     rest = whole.removeprefix(start)
-    if rest is not whole and rest.lstrip().startswith(content.strip()):
+    # What the template puts before it (Qwen3's empty thought) is the model's to write as well.
+    if whole.startswith(start) and content.strip() in rest:
         return rest
     if not start.rstrip().endswith(THOUGHT):
         return content

@@ -58,10 +58,15 @@ def text_or_number(row: Mapping[str, Any], *names: str) -> str:
 def texts(row: Mapping[str, Any], *names: str) -> list[str]:
     """A list of texts, at least one."""
     name = first_of(row, *names)
-    value = row[name]
+    return [checked(item, name) for item in listed(row, name)]
+
+
+def listed(row: Mapping[str, Any], name: str) -> list[Any]:
+    """A list with at least one item."""
+    value = row[first_of(row, name)]
     if not isinstance(value, list) or not value:
-        raise ValueError(f"field {name!r} must be a list of texts, got {_shown(value)}")
-    return [checked(item, name) for item in value]
+        raise ValueError(f"field {name!r} must be a list with something in it, got {_shown(value)}")
+    return value
 
 
 def share(row: Mapping[str, Any], *names: str) -> float:

@@ -16,7 +16,13 @@ from typing import Any
 from r1jax.data.datasets import fields
 from r1jax.data.datasets.files import Row, read
 from r1jax.data.datasets.records import Question, Rows
-from r1jax.rl.rewards.code import CodeTests, FunctionTests, humaneval_tests, mbpp_tests
+from r1jax.rl.rewards.code import (
+    CodeTests,
+    FunctionTests,
+    ScriptTests,
+    humaneval_tests,
+    mbpp_tests,
+)
 from r1jax.rl.rewards.math import last_boxed
 
 Reader = Callable[..., Rows[Question]]
@@ -24,7 +30,8 @@ Reader = Callable[..., Rows[Question]]
 ASKED = ("problem", "question")
 WORKED = ("solution", "generated_solution")
 ANSWERED = ("answer", "final_answer", "gold_answer", "expected_answer")
-GSM8K_ANSWER = re.compile(r"^####[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+LETTERS = "ABCDEFGHIJ"
+GSM8K_ANSWER = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
 
 
 def gsm8k(path: str | Path, *, skip: bool = False) -> Rows[Question]:
@@ -91,6 +98,24 @@ def cruxeval(path: str | Path, *, skip: bool = False) -> Rows[Question]:
     return read(path, _cruxeval, skip=skip)
 
 
+def scripts(path: str | Path, *, skip: bool = False) -> Rows[Question]:
+    """Programs from standard input to standard output: data of your own, APPS, TACO.
+
+    `question` or `problem`, and `cases` (each with `input` and `output`), or `input_output` (a JSON
+    object, or its text, with the lists `inputs` and `outputs`).
+    """
+    return read(path, _script, skip=skip)
+
+
+def choices(path: str | Path, *, skip: bool = False) -> Rows[Question]:
+    """Multiple choice: `question`, `options` or `choices`, `answer` (a letter, or a number from 0).
+
+    Or GPQA's columns: `Question`, `Correct Answer`, `Incorrect Answer 1`, …; those are put in an
+    order that follows from the question. The reference is the letter.
+    """
+    return read(path, _choice, skip=skip)
+
+
 QUESTIONS: Mapping[str, Reader] = {
     "gsm8k": gsm8k,
     "math": math,
@@ -102,15 +127,17 @@ QUESTIONS: Mapping[str, Reader] = {
     "mbpp": mbpp,
     "cruxeval": cruxeval,
     "questions": functools.partial(with_answers, source="questions"),
+    "scripts": scripts,
+    "choices": choices,
 }
-"""The readers by the names that a command line calls them; `questions` is data of one's own."""
+"""The readers by the names on a command line; the last three are for data of one's own."""
 
 
 def evaluation_texts(path: str | Path) -> tuple[list[str], list[str]]:
     """(questions, reference solutions) of any evaluation file, to decontaminate against.
 
-    Of each row the first text among `problem`, `question`, `prompt`, `text` and, for CRUXEval,
-    `code`; and all among `solution`, `answer`, `canonical_solution` and `code`.
+    Of each row the first text among `problem`, `question`, `prompt`, `text`, `Question` (GPQA) and
+    `code` (CRUXEval); and all among `solution`, `answer`, `canonical_solution` and `code`.
 
     Raises:
       ValueError: a row that cannot be read or has no question: what is not read is not guarded.
@@ -129,7 +156,7 @@ def _gsm8k(row: Row) -> Question:
     found = GSM8K_ANSWER.findall(worked)
     if not found:
         raise ValueError("field 'answer' has no line '#### N'")
-    answer = found[-1].replace(",", "")
+    answer = found[-1].replace(",", "").strip()
     name = identity("gsm8k", question)
     return Question(question, answer, "gsm8k", name, solution=worked)
 
@@ -210,6 +237,69 @@ def _cruxeval(row: Row) -> Question:
     return Question(question, output, "cruxeval", identity("cruxeval", question), tests)
 
 
+def _script(row: Row) -> Question:
+    question = fields.text(row, *ASKED)
+    if row.get("cases") is not None:
+        pairs = [_case(case, i) for i, case in enumerate(fields.listed(row, "cases"))]
+    else:
+        pairs = _input_output(row[fields.first_of(row, "cases", "input_output")])
+    solution = next((row[n] for n in WORKED if isinstance(row.get(n), str)), "")
+    name = identity("scripts", question)
+    return Question(question, solution, "scripts", name, ScriptTests(tuple(pairs)))
+
+
+def _case(case: Any, number: int) -> tuple[str, str]:
+    if not isinstance(case, Mapping):
+        raise ValueError(f"field 'cases[{number}]' must be an object with 'input' and 'output'")
+    given = fields.checked(case.get("input"), f"cases[{number}].input", blank=True)
+    return given, fields.checked(case.get("output"), f"cases[{number}].output")
+
+
+def _input_output(value: Any) -> list[tuple[str, str]]:
+    """The cases of APPS and TACO; those that call a function by name are of another form."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError("field 'input_output' is not JSON") from error
+    if not isinstance(value, Mapping) or value.get("fn_name"):
+        raise ValueError("field 'input_output' must hold inputs and outputs, and no fn_name")
+    inputs, outputs = fields.listed(value, "inputs"), fields.listed(value, "outputs")
+    if len(inputs) != len(outputs):
+        raise ValueError(f"field 'input_output' has {len(inputs)} inputs, {len(outputs)} outputs")
+    cases = [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
+    return [_case(case, number) for number, case in enumerate(cases)]
+
+
+def _choice(row: Row) -> Question:
+    question = fields.text(row, "question", "Question", "problem")
+    if row.get("Correct Answer") is not None:
+        wrong = [n for n in row if n.startswith("Incorrect Answer") and row[n] is not None]
+        options = [fields.text_or_number(row, n).strip() for n in ("Correct Answer", *wrong)]
+        # An order of its own for each question, the same for everybody.
+        order = sorted(
+            options, key=lambda text: hashlib.sha256(f"{question}{text}".encode()).digest()
+        )
+        place = order.index(options[0])
+        options = order
+    else:
+        options = fields.texts(row, "options", "choices")
+        place = _place(fields.text_or_number(row, "answer"))
+    if not 0 <= place < len(options) <= len(LETTERS) or len(set(options)) < len(options):
+        raise ValueError(f"field 'answer' must be one of {len(options)} different options")
+    lines = [f"{LETTERS[i]}. {text}" for i, text in enumerate(options)]
+    asked = "\n".join([question, "", *lines, "", "Answer with the letter alone."])
+    return Question(asked, LETTERS[place], "choices", identity("choices", question))
+
+
+def _place(answer: str) -> int:
+    """0 for `A`, `a` or `0`; −1 for what is none."""
+    letter = answer.strip().strip("().").upper()
+    if letter.isascii() and letter.isdigit():
+        return int(letter[:3])
+    return LETTERS.find(letter) if len(letter) == 1 else -1
+
+
 def _tests(make: Callable[[Any], CodeTests], row: Mapping[str, Any]) -> CodeTests:
     """The tests of a row; ValueError where its own program or tests are no Python."""
     try:
@@ -219,7 +309,7 @@ def _tests(make: Callable[[Any], CodeTests], row: Mapping[str, Any]) -> CodeTest
 
 
 def _texts(row: Row) -> tuple[str, list[str]]:
-    asked = fields.first_of(row, *ASKED, "prompt", "text", "code")
+    asked = fields.first_of(row, *ASKED, "prompt", "text", "Question", "code")
     worked = ("solution", "answer", "canonical_solution", "code")
     found = [row[n] for n in worked if n != asked and isinstance(row.get(n), str)]
     return fields.text(row, asked), found

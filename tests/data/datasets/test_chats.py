@@ -81,6 +81,15 @@ def test_a_conversation_that_is_none_is_named_by_line_and_field(tmp_path, row, f
     assert field in str(error.value)
 
 
+def test_a_thought_is_what_stands_before_the_answer(tmp_path):
+    row = {"question": "q", "solution": "so **A** or\n\n**A** 4"}
+    (found,) = conversations(file_of(tmp_path, row), answer_from="**A**").items
+    assert found.messages[1].content == "<think>\nso **A** or\n</think>\n\n**A** 4"
+    for reply in ("4", "**A** 4"):
+        with pytest.raises(ValueError, match="rows.jsonl:1: the reply has no thought before"):
+            conversations(file_of(tmp_path, row | {"solution": reply}), answer_from="**A**")
+
+
 HH = "\n\nHuman: q\n\nAssistant: "
 
 

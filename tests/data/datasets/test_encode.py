@@ -40,6 +40,12 @@ THINKING = (
     "{% else %}[user]{{ c }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<s><think>\n{% endif %}"
 )
+# As Qwen3's: a turn without a thought has an empty one.
+EMPTY_THOUGHT = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{% if m['role'] == 'assistant' and "
+    "'</think>' not in m['content'] %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
 # As the quickstart's runs: the last turn alone.
 LAST = "[user] {{ messages[-1]['content'] }} <s>"
 
@@ -70,6 +76,11 @@ def learnt(words, example):
         (CHATML, "<s>user\nq</s>\n<s>assistant\na</s>", "a</s>"),
         (TRIMMING, "[user] q </s>[assistant] a </s>", " a </s>"),
         (LAST, "[user] q <s>a</s>", "a</s>"),
+        (
+            EMPTY_THOUGHT,
+            "<s>user\nq</s><s>assistant\n<think>\n\n</think>\n\na</s>",
+            "<think>\n\n</think>\n\na</s>",
+        ),
         (None, "qa</s>", "a</s>"),
     ],
 )

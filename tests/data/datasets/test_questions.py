@@ -14,7 +14,7 @@ from r1jax.data.datasets import (
     read_indices,
     read_rows,
 )
-from r1jax.rl.rewards import FunctionTests
+from r1jax.rl.rewards import FunctionTests, ScriptTests
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 
@@ -95,9 +95,49 @@ def test_code_problems_come_with_their_tests(tmp_path):
     assert one(tmp_path, "mbpp", other) == one(tmp_path, "mbpp", MBPP)
 
 
+CASES = [{"input": "1 2\n", "output": "3\n"}, {"input": "", "output": "0"}]
+APPS = {"inputs": ["1 2\n", ""], "outputs": ["3\n", "0"]}
+GPQA = {"Question": "Which?", "Correct Answer": "iron", "Incorrect Answer 1": "gold"}
+GPQA |= {"Incorrect Answer 2": "tin", "Incorrect Answer 3": "lead"}
+
+
+def test_scripts_from_standard_input_to_output(tmp_path):
+    expected = ScriptTests((("1 2\n", "3\n"), ("", "0")))
+    for more in ({"cases": CASES}, {"input_output": APPS}, {"input_output": json.dumps(APPS)}):
+        assert one(tmp_path, "scripts", {"question": "Add."} | more).tests == expected
+
+
+@pytest.mark.parametrize("answer", ["B", "b", "(B)", "B.", 1, "1"])
+def test_multiple_choice(tmp_path, answer):
+    row = {"question": "Which?", "options": ["gold", "iron"], "answer": answer}
+    found = one(tmp_path, "choices", row)
+    assert found.answer == "B"
+    assert "A. gold\nB. iron" in found.question
+
+
+def test_gpqa_hides_where_the_answer_stands(tmp_path):
+    asked = [GPQA | {"Question": f"Which {i}?"} for i in range(40)]
+    found = QUESTIONS["choices"](file_of(tmp_path, *asked)).items
+    assert {q.answer for q in found} == set("ABCD")
+    assert all(f"{q.answer}. iron" in q.question for q in found)
+    assert found == QUESTIONS["choices"](file_of(tmp_path, *asked)).items
+
+
 @pytest.mark.parametrize(
     ("name", "row", "field"),
     [
+        ("scripts", {"question": "q", "cases": []}, "'cases' must be a list with something"),
+        ("scripts", {"question": "q", "cases": [{"input": "1"}]}, "'cases[0].output' must be text"),
+        ("scripts", {"question": "q", "cases": ["1"]}, "'cases[0]' must be an object"),
+        ("scripts", {"question": "q"}, "'cases' or 'input_output' is missing"),
+        ("scripts", {"question": "q", "input_output": "{"}, "'input_output' is not JSON"),
+        ("scripts", {"question": "q", "input_output": APPS | {"fn_name": "f"}}, "no fn_name"),
+        ("scripts", {"question": "q", "input_output": APPS | {"inputs": ["1"]}}, "has 1 inputs"),
+        ("choices", {"question": "q", "options": ["a", "b"], "answer": "C"}, "one of 2 different"),
+        ("choices", {"question": "q", "options": ["a", "a"], "answer": "A"}, "one of 2 different"),
+        ("choices", {"question": "q", "options": ["a", "b"], "answer": "AB"}, "one of 2 different"),
+        ("choices", {"question": "q", "options": ["a", "b"]}, "'answer' is missing"),
+        ("choices", GPQA | {"Incorrect Answer 1": "iron"}, "one of 4 different"),
         ("gsm8k", GSM8K | {"answer": "four"}, "'answer' has no line '#### N'"),
         ("gsm8k", {"answer": "#### 4"}, "'question' is missing"),
         ("math", MATH | {"solution": "unboxed"}, r"'solution' has no \boxed"),
@@ -107,7 +147,7 @@ def test_code_problems_come_with_their_tests(tmp_path):
         ("amc", {"problem": "p", "answer": 1e999}, "Infinity is no JSON value"),
         ("minerva", {"problem": "p", "answer": ""}, "'answer' is empty"),
         ("humaneval", HUMANEVAL | {"test": ""}, "'test' is empty"),
-        ("mbpp", MBPP | {"test_list": []}, "'test_list' must be a list of texts"),
+        ("mbpp", MBPP | {"test_list": []}, "'test_list' must be a list with something"),
         ("mbpp", MBPP | {"test_list": ["assert add(1"]}, "are no Python"),
         ("cruxeval", CRUXEVAL | {"output": None}, "'output' is missing"),
     ],
@@ -176,6 +216,12 @@ def test_every_row_of_the_public_sets_is_read(name):
 @pytest.mark.parametrize("name", WORKED)
 def test_every_worked_solution_is_read(name):
     assert len(conversations(at_hand(name)).items) == WORKED[name]
+
+
+def test_r1s_traces_have_a_thought_and_an_answer():
+    path = at_hand("cot/limo_r1_distill_qwen_32b_291.jsonl")
+    found = conversations(path, answer_from="**Final Answer**")
+    assert len(found.items) == 291
 
 
 @pytest.mark.parametrize("name", ROWS)
