@@ -33,10 +33,11 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 def spec(*axes: str | None) -> PartitionSpec:
     """Mesh axes of an array whose logical axes are `axes`, under the mesh in force.
 
-    A mesh axis that the mesh lacks, or that an earlier dimension already took, is dropped.
+    A mesh axis that the mesh lacks, that is one device long, or that an earlier dimension already
+    took, is dropped.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    present = () if mesh.empty else mesh.axis_names
+    present = () if mesh.empty else [n for n in mesh.axis_names if mesh.shape[n] > 1]
     rules, taken, out = dict(RULES), set(), []
     for axis in axes:
         target = rules[axis] if axis is not None else None
@@ -134,7 +135,7 @@ def unpartitioned(axis: str) -> int:
     XLA is not to partition by itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes or all(mesh.shape[n] == 1 for n in _names(spec(axis))):
+    if mesh.empty or mesh.manual_axes or not _names(spec(axis)):
         return 1
     return math.prod(mesh.shape[n] for n in _names(spec("batch")))
 
@@ -144,11 +145,11 @@ def _names(where: PartitionSpec) -> tuple[str, ...]:
 
 
 def carriers(*axes: str) -> tuple[str, ...]:
-    """Mesh axes, larger than 1, that carry the logical `axes` inside a `local` region."""
+    """Mesh axes that carry the logical `axes` inside a `local` region."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not mesh.manual_axes:
         return ()
-    return tuple(n for n in _names(spec(*axes)) if mesh.shape[n] > 1)
+    return _names(spec(*axes))
 
 
 def count(*axes: str) -> int:

@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         )
     overrides.apply(tree, args.overrides)
     cfg = schema.from_config_dict(schema.PlanConfig, tree)
+    topology.need_compiler()
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no chip, and takes none

@@ -13,6 +13,7 @@ None drops a token at any load. `experiments/bench_experts.py` measures them.
 import jax
 import jax.numpy as jnp
 
+from r1jax.ops.deal import laid_out, slots, summed, weight_of
 from r1jax.ops.mlp import gated
 
 TILES = (32, 128)  # fewest and most rows of a tile
@@ -97,18 +98,22 @@ def _dense(x_TD, index_TK, weight_TK, weights):
 
 def _ragged(x_TD, index_TK, weight_TK, weights, bound):
     w_gate_EDF, w_up_EDF, w_down_EFD = weights
-    order, token, sizes = _sort(index_TK, w_gate_EDF.shape[0])
-    order, token = order[:bound], token[:bound]
+    (t, k), e = index_TK.shape, w_gate_EDF.shape[0]
+    if e < k:  # a column for each expert, of which a token has at most one each
+        hit_TKE = index_TK[:, :, None] == jnp.arange(e)
+        weight_TK = jnp.where(hit_TKE, weight_TK[:, :, None], 0.0).sum(1)
+        index_TK = jnp.where(hit_TKE.any(1), jnp.arange(e), e)
+    where = slots(index_TK, e, t * k if bound is None else bound)
+    rows, sizes = laid_out(x_TD, where), where.count_n
     # Rows behind the last expert's are whatever the backend left there.
-    real_M1 = (jnp.arange(len(order)) < sizes.sum())[:, None]
+    real_M1 = (where.token_S < t)[:, None]
     real = lambda x: x if bound is None else jnp.where(real_M1, x, 0)  # noqa: E731
-    rows = x_TD[token]
     gate = real(jax.lax.ragged_dot(rows, w_gate_EDF, sizes))
     up = real(jax.lax.ragged_dot(rows, w_up_EDF, sizes))
     # Weighed before the last product: a gradient needs F values of each row then, not D.
-    h = gated(gate, up) * weight_TK.reshape(-1)[order][:, None].astype(x_TD.dtype)
+    h = gated(gate, up) * weight_of(weight_TK, where)[:, None].astype(x_TD.dtype)
     out = real(jax.lax.ragged_dot(h, w_down_EFD, sizes))
-    return jnp.zeros_like(x_TD).at[token].add(out)
+    return summed(out, where)
 
 
 def _tiled(x_TD, index_TK, weight_TK, weights, bound):

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from r1jax.ops.deal import laid_out, slots, summed
 from r1jax.ops.experts import choose, experts
-from r1jax.parallel.exchange import exchange, laid_out, slots, summed
+from r1jax.parallel.exchange import exchange
 from r1jax.sharding import carriers, count, index, platform, total
 
 FEW = 256  # rows: a buffer need not be smaller

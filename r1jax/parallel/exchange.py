@@ -14,21 +14,6 @@ import jax
 import jax.numpy as jnp
 
 
-class Slots(NamedTuple):
-    """Where the tokens of a rank stand among the rows that it sends.
-
-    Attributes:
-        slot_TK: [T, K] int32 row that carries token t to the rank of its k-th expert; S where an
-            earlier k has sent it there.
-        token_S: [S] int32 token of each row, T for a row that is not used.
-        count_n: [n] int32 rows for each rank.
-    """
-
-    slot_TK: jax.Array
-    token_S: jax.Array
-    count_n: jax.Array
-
-
 class Way(NamedTuple):
     """The four arguments of `jax.lax.ragged_all_to_all`, [n] int32 each: where the rows for each
     rank begin here, how many they are, where they begin there, and how many come from it."""
@@ -37,27 +22,6 @@ class Way(NamedTuple):
     send_n: jax.Array
     there_n: jax.Array
     receive_n: jax.Array
-
-
-def slots(rank_TK: jax.Array, n: int, size: int) -> Slots:
-    """Deals tokens out to ranks.
-
-    Args:
-        rank_TK: [T, K] int32 rank of each chosen expert; n for a choice that goes nowhere.
-        n: ranks.
-        size: S, rows of the buffer: at least T times the ranks that a token may go to.
-    """
-    t, k = rank_TK.shape
-    earlier = jnp.tril(jnp.ones((k, k), bool), -1)
-    again_TK = ((rank_TK[:, :, None] == rank_TK[:, None, :]) & earlier).any(-1)
-    goes_Tn = (rank_TK[:, :, None] == jnp.arange(n)).any(1).astype(jnp.int32)
-    count_n = goes_Tn.sum(0)
-    place_Tn = jnp.cumsum(count_n) - count_n + jnp.cumsum(goes_Tn, 0) - 1
-    place_TK = jnp.take_along_axis(place_Tn, jnp.minimum(rank_TK, n - 1), axis=1)
-    slot_TK = jnp.where(again_TK | (rank_TK >= n), size, place_TK)
-    token_TK = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[:, None], (t, k))
-    token_S = jnp.full(size, t, jnp.int32).at[slot_TK].set(token_TK, mode="drop")
-    return Slots(slot_TK, token_S, count_n)
 
 
 def way(counts_nn: jax.Array, me: jax.Array | int) -> Way:
@@ -114,34 +78,3 @@ def _exchange_backward(size, axis, ragged, residuals, given):
 
 
 exchange.defvjp(_exchange_forward, _exchange_backward)
-
-
-@jax.custom_vjp
-def laid_out(x_TD: jax.Array, where: Slots) -> jax.Array:
-    """[T, D] → [S, D]: tokens at their rows; rows that are not used hold some token.
-
-    Its gradient is `summed`: K gathers, where XLA would scatter.
-    """
-    return x_TD.at[where.token_S].get(mode="clip")
-
-
-@jax.custom_vjp
-def summed(x_SD: jax.Array, where: Slots) -> jax.Array:
-    """[S, D] → [T, D]: the sum of each token's rows, in float32."""
-    size = len(x_SD)
-
-    def kth(k):
-        slot_T = where.slot_TK[:, k]
-        row_TD = x_SD.at[slot_T].get(mode="clip").astype(jnp.float32)
-        return jnp.where((slot_T < size)[:, None], row_TD, 0.0)
-
-    return sum(kth(k) for k in range(where.slot_TK.shape[1])).astype(x_SD.dtype)
-
-
-def _summed_backward(where: Slots, given):
-    used_S1 = (where.token_S < len(given))[:, None]
-    return jnp.where(used_S1, laid_out(given, where), 0), None
-
-
-laid_out.defvjp(lambda x, where: (laid_out(x, where), where), lambda w, g: (summed(g, w), None))
-summed.defvjp(lambda x, where: (summed(x, where), where), _summed_backward)

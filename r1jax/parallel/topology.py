@@ -150,18 +150,22 @@ def sizes(kind: str) -> list[int]:
     return [scale * n for n in (1, 4, 8, 16, 32, *cubes)]
 
 
-def devices(topology: Topology) -> list[Any]:
-    """Compile-only devices of the pod, in the order in which a program numbers them.
-
-    Raises:
-        ValueError: libtpu is missing.
-        RuntimeError: libtpu refuses the topology; what it says is passed on.
-    """
+def need_compiler() -> None:
+    """ValueError if libtpu is missing."""
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise ValueError(
             "the TPU compiler is missing: pip install libtpu (it runs on any Linux machine and "
             "needs no TPU)"
         )
+
+
+def devices(topology: Topology) -> list[Any]:
+    """Compile-only devices of the pod, in the order in which a program numbers them.
+
+    Raises:
+        ValueError: libtpu is missing, or refuses the topology; what it says is passed on.
+    """
+    need_compiler()
     for key, value in _OFF_CLOUD.items():
         os.environ.setdefault(key, value)
     return list(_description(topology).devices)
@@ -185,7 +189,7 @@ def _description(topology: Topology) -> Any:
         )
     except Exception as error:  # of whatever type the plugin raises
         said = " ".join(str(error).split())
-        raise RuntimeError(f"the TPU compiler refuses {topology.name}: {said}") from error
+        raise ValueError(f"the TPU compiler refuses {topology.name}: {said}") from error
 
 
 def _wrapped(topology: Topology) -> tuple[bool, bool, bool]:

@@ -22,6 +22,7 @@ from r1jax.nn.param import RouterBias
 from r1jax.rl.rollout import Rollout
 from r1jax.sharding import spec
 from r1jax.train.grpo import grpo_step
+from r1jax.train.objective import objective_of
 from r1jax.train.state import Controls, TrainState, laid
 from r1jax.train.supervised import supervised_step
 
@@ -136,24 +137,26 @@ def _grpo(cfg: PlanConfig, mesh: Mesh) -> Job:
     )
     step = functools.partial(grpo_step, cfg=cfg.grpo.update, optimizer=optimizer)
     reward_B = _array(mesh, (rows,), jnp.float32)
+    reference = state.params if cfg.grpo.update.beta else None
     return Job(
         jax.jit(step, donate_argnums=0),
-        (state, state.params, rollout, reward_B, _scalars(mesh)),
+        (state, reference, rollout, reward_B, _scalars(mesh)),
         {"temperature": _array(mesh, (), jnp.float32)},
-        _state_parts(state) | {"reference": state.params, "batch": rollout},
+        _state_parts(state) | {"reference": reference, "batch": rollout},
         rows * (prompt + new),
         rows * _grpo_flops(cfg),
     )
 
 
 def _grpo_flops(cfg: PlanConfig) -> float:
-    """Of one row: the reference once, the old policy where it is needed, forward and backward of
-    the policy an epoch; the head on completion tokens alone."""
+    """Of one row: reference and old policy once, where they are needed, forward and backward of the
+    policy an epoch; the head on completion tokens alone."""
     length, update = cfg.sampled_length, cfg.grpo.update
-    head = 2 * cfg.model.vocab_size * cfg.model.hidden_size
+    head, held = 2 * cfg.model.vocab_size * cfg.model.hidden_size, update.beta > 0
     forward = length * (forward_flops(cfg.model, length) - head)
     forward += cfg.sampling.max_new_tokens * head
-    still = 1 + (update.minibatches * update.epochs > 1)
+    old = update.minibatches * update.epochs > 1 or (objective_of(update).kl_in_reward and held)
+    still = held + old
     return forward * (still + 3 * update.epochs)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from r1jax.parallel.exchange import Way, exchange, laid_out, slots, sources, summed, way
+from r1jax.ops.deal import laid_out, slots, summed
+from r1jax.parallel.exchange import Way, exchange, sources, way
 
 # What rank 0, 1 and 2 send to each rank.
 COUNTS = np.array([[1, 2, 0], [3, 0, 1], [0, 2, 2]])
