@@ -68,5 +68,7 @@ def named(device_kind: str) -> Chip | None:
 
 def present() -> tuple[str, str]:
     """(platform, device_kind) of the device that JAX computes on by default."""
-    device = jax.devices()[0]
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
     return device.platform, device.device_kind

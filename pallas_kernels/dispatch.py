@@ -40,12 +40,14 @@ class Backend:
         name: "xla", "tpu" or "gpu".
         chip: a name of `chips.CHIPS`.
         interpret: run the kernel's simulation on CPU. For tests: hundreds of times slower.
+        tiles: of the one kernel that the call runs, in its op's own order; None: `tuning` chooses.
         explicit: False where the device chose: what `run` may replace by "xla".
     """
 
     name: Name
     chip: str
     interpret: bool = False
+    tiles: tuple[int, ...] | None = None
     explicit: bool = True
 
     def __post_init__(self):

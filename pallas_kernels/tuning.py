@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from pallas_kernels.dispatch import Backend
+
 TABLES = Path(__file__).parent / "tuned"
 Tiles = tuple[int, ...]
 
@@ -41,14 +43,15 @@ def write(chip: str, op: str, dims: Mapping[str, int], tiles: Tiles) -> Path:
 
 
 def choose(
-    op: str,
-    dims: Mapping[str, int],
-    *,
-    chip: str,
-    explicit: Tiles | None,
-    heuristic: Callable[[], Tiles],
+    op: str, dims: Mapping[str, int], backend: Backend, heuristic: Callable[[], Tiles]
 ) -> Tiles:
-    """The tiles to use. What an explicit choice must divide is for the op to check."""
-    if explicit is not None:
-        return tuple(explicit)
-    return _table(chip, TABLES).get(op, {}).get(key(dims)) or heuristic()
+    """The tiles to use. What an explicit choice must divide is for the op to check.
+
+    Raises:
+        ValueError: explicit tiles, but not as many as the op has.
+    """
+    if backend.tiles is not None:
+        if len(backend.tiles) != len(heuristic()):
+            raise ValueError(f"{op} has {len(heuristic())} tiles, got {backend.tiles}")
+        return backend.tiles
+    return _table(backend.chip, TABLES).get(op, {}).get(key(dims)) or heuristic()

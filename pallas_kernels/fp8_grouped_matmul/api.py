@@ -139,6 +139,9 @@ def fp8_grouped_linear(
     n = w_EKN.shape[2]
     if not len(x_MK):
         return jnp.zeros((0, n), x_MK.dtype)
+    backend = dispatch.resolve(implementation)
+    if backend.explicit:
+        _module(backend)  # Unsupported before anything is quantised
     recipe = Recipe(block, power_of_two, implementation)
     return _linear(recipe, pad(x_MK, block, (1,)), pad(w_EKN, block, (1, 2)), group_sizes_E)[:, :n]
 

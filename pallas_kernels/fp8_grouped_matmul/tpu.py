@@ -31,7 +31,6 @@ def matmul(
     transposed: bool,
     dtype: jnp.dtype,
     backend: Backend,
-    tiles: tuning.Tiles | None = None,
 ) -> jax.Array:
     """[M, N]: row m times its group's w (w[N, K]ᵀ if `transposed`); zeros in the tail."""
     mosaic.check_block(block)
@@ -41,9 +40,8 @@ def matmul(
     tm, tn, tk = tuning.choose(
         OP,
         dict(m=m, n=n, k=k, e=e, b=block, t=int(transposed)),
-        chip=backend.chip,
-        explicit=tiles,
-        heuristic=lambda: (rows_tile(mp, e), min(1024, n), mosaic.divisor(k, block, 2048)),
+        backend,
+        lambda: (rows_tile(mp, e), min(1024, n), mosaic.divisor(k, block, 2048)),
     )
     dense.check_tiles((tm, tn, tk), (mp, n, k), block)
     steps, step = k // tk, tk // block
@@ -100,7 +98,6 @@ def outer(
     block: int,
     dtype: jnp.dtype,
     backend: Backend,
-    tiles: tuning.Tiles | None = None,
 ) -> jax.Array:
     """[E, K, N]: xᵀ dy over each group's rows, of the transposes xt [K, M] and dyt [N, M]."""
     mosaic.check_block(block)
@@ -110,9 +107,8 @@ def outer(
     tk, tn = tuning.choose(
         "fp8_grouped_outer",
         dict(m=m, n=n, k=k, e=e, b=block),
-        chip=backend.chip,
-        explicit=tiles,
-        heuristic=lambda: (min(1024, kp), min(1024, np_)),
+        backend,
+        lambda: (min(1024, kp), min(1024, np_)),
     )
     dense.check_tiles((tk, tn, block), (kp, np_, m), block)
     list_ = groups.visits(sizes_E, m, block, empty=True)

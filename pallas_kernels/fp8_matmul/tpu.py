@@ -28,12 +28,11 @@ def fprop(
     block: int,
     dtype: jnp.dtype,
     backend: Backend,
-    tiles: tuning.Tiles | None = None,
 ) -> jax.Array:
     """[M, N] = x[M, K] w[K, N], x in tiles and w in blocks."""
     scale_KN = jnp.repeat(w.scale, block, -1)
     operands = (x.values, x.scale.T, w.values, scale_KN)
-    return _matmul(operands, False, block=block, dtype=dtype, backend=backend, tiles=tiles)
+    return _matmul(operands, False, block=block, dtype=dtype, backend=backend)
 
 
 def dgrad(
@@ -43,12 +42,11 @@ def dgrad(
     block: int,
     dtype: jnp.dtype,
     backend: Backend,
-    tiles: tuning.Tiles | None = None,
 ) -> jax.Array:
     """[M, K] = dy[M, N] w[K, N]ᵀ, dy in tiles and w in blocks."""
     scale_NK = jnp.repeat(w.scale.T, block, -1)
     operands = (dy.values, dy.scale.T, w.values, scale_NK)
-    return _matmul(operands, True, block=block, dtype=dtype, backend=backend, tiles=tiles)
+    return _matmul(operands, True, block=block, dtype=dtype, backend=backend)
 
 
 def wgrad(
@@ -58,14 +56,13 @@ def wgrad(
     block: int,
     dtype: jnp.dtype,
     backend: Backend,
-    tiles: tuning.Tiles | None = None,
 ) -> jax.Array:
     """[K, N] = xt[K, M] dyt[N, M]ᵀ, both in tiles along the tokens."""
     operands = (xt.values, xt.scale.T, dyt.values, dyt.scale.T)
-    return _matmul(operands, True, block=block, dtype=dtype, backend=backend, tiles=tiles)
+    return _matmul(operands, True, block=block, dtype=dtype, backend=backend)
 
 
-def _matmul(operands, transposed, *, block, dtype, backend, tiles):
+def _matmul(operands, transposed, *, block, dtype, backend):
     """a[M, K] b[K, N], b given as [N, K] if `transposed`; scales as [K / block, M or N]."""
     mosaic.check_block(block)
     a_MK, sa_KM, b, sb_KN = operands
@@ -76,9 +73,8 @@ def _matmul(operands, transposed, *, block, dtype, backend, tiles):
     tm, tn, tk = tuning.choose(
         OP,
         dict(m=m, n=n, k=k, b=block, t=int(transposed)),
-        chip=backend.chip,
-        explicit=tiles,
-        heuristic=lambda: heuristic((m, n, k), block, backend),
+        backend,
+        lambda: heuristic((m, n, k), block, backend),
     )
     check_tiles((tm, tn, tk), (mp, np_, k), block)
     step = tk // block

@@ -91,9 +91,7 @@ def _piece(kinds, shape, block, backend):
     heuristic = lambda: (min(ROWS, mosaic.round_up(m, 32)), columns)  # noqa: E731
     if kinds != ("tiles",):
         return block, columns
-    return tuning.choose(
-        OP, dict(m=m, k=k, b=block), chip=backend.chip, explicit=None, heuristic=heuristic
-    )
+    return tuning.choose(OP, dict(m=m, k=k, b=block), backend, heuristic)
 
 
 def _output(kind, shape, piece, block):

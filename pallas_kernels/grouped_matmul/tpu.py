@@ -28,7 +28,6 @@ def matmul(
     transposed: bool,
     dtype: jnp.dtype,
     backend: Backend,
-    tiles: tuning.Tiles | None = None,
 ) -> jax.Array:
     """[M, N]: row m times its group's w (w[N, K]ᵀ if `transposed`); zeros in the tail."""
     (m, k), n = x_MK.shape, w_EKN.shape[1 if transposed else 2]
@@ -36,9 +35,8 @@ def matmul(
     tm, tn, tk = tuning.choose(
         OP,
         dict(m=m, n=n, k=k, e=len(w_EKN), t=int(transposed), bits=8 * size),
-        chip=backend.chip,
-        explicit=tiles,
-        heuristic=lambda: heuristic((m, n, k), len(w_EKN), size),
+        backend,
+        lambda: heuristic((m, n, k), len(w_EKN), size),
     )
     steps = steps_of(k, tk)
     list_ = groups.visits(groups.with_tail(sizes_E, m), m, tm)
@@ -71,7 +69,6 @@ def outer(
     *,
     dtype: jnp.dtype,
     backend: Backend,
-    tiles: tuning.Tiles | None = None,
 ) -> jax.Array:
     """[E, K, N]: xᵀ dy over each group's rows."""
     (m, k), n, e = x_MK.shape, dy_MN.shape[1], len(sizes_E)
@@ -79,9 +76,8 @@ def outer(
     tm, tk, tn = tuning.choose(
         "grouped_outer",
         dict(m=m, n=n, k=k, e=e, bits=8 * size),
-        chip=backend.chip,
-        explicit=tiles,
-        heuristic=lambda: (rows_tile(m, e), side_tile(k), side_tile(n)),
+        backend,
+        lambda: (rows_tile(m, e), side_tile(k), side_tile(n)),
     )
     list_ = groups.visits(sizes_E, m, tm, empty=True)
     return pl.pallas_call(

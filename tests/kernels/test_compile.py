@@ -8,8 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import Backend, shapes
-from pallas_kernels.fp8_grouped_matmul import fp8_grouped_linear
+from pallas_kernels import Backend, scaled, shapes
+from pallas_kernels.fp8_grouped_matmul import (
+    fp8_grouped_dgrad,
+    fp8_grouped_fprop,
+    fp8_grouped_linear,
+    fp8_grouped_wgrad,
+)
 from pallas_kernels.fp8_matmul import fp8_linear
 from pallas_kernels.fp8_quantize import (
     quantize_blocks,
@@ -18,10 +23,12 @@ from pallas_kernels.fp8_quantize import (
     quantize_transposed,
 )
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.scaled import Scaled
 from tests.kernels.chip_compiler import TOPOLOGIES, compiled
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("chip", TOPOLOGIES)]
 BF16, F32 = jnp.bfloat16, jnp.float32
+GROUPED = ["v3-up", "v3-down", "v3-decode-up"]
 
 
 def report(name, chip, call, arguments, *, kernels):
@@ -35,11 +42,15 @@ def report(name, chip, call, arguments, *, kernels):
     assert max(got.vmem_limits) <= Backend("tpu", chip).device.on_chip / 2**20
 
 
+def sizes(experts):
+    return ((experts,), jnp.int32)
+
+
 def both_ways(layer):
     """(y, dx, dw) of one layer: nothing for the compiler to leave out."""
 
-    def call(x, w, dy, *sizes):
-        y, pull = jax.vjp(lambda x, w: layer(x, w, *sizes), x, w)
+    def call(x, w, dy, *sizes_E):
+        y, pull = jax.vjp(lambda x, w: layer(x, w, *sizes_E), x, w)
         return y, pull(dy)
 
     return call
@@ -69,28 +80,49 @@ def test_linear(chip, name, block):
     report(f"fp8_linear {name} {block}", chip, both_ways(layer), arguments, kernels=6)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("name", ["v3-up", "v3-down", "v3-decode-up"])
-def test_grouped(chip, name, dtype):
-    m, k, n, e = shapes.GROUPED[name]
+@pytest.mark.parametrize(("dtype", "experts"), [(BF16, 256), (F32, 32)])
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped(chip, name, dtype, experts):
+    m, k, n, _ = shapes.GROUPED[name]
 
     def layer(x, w, sizes):
         return grouped_matmul(x, w, sizes, tail=True, implementation=Backend("tpu", chip))
 
-    arguments = (((m, k), dtype), ((e, k, n), dtype), ((m, n), dtype), ((e,), jnp.int32))
-    name = f"grouped_matmul {name} {dtype.__name__}"
+    arguments = (((m, k), dtype), ((experts, k, n), dtype), ((m, n), dtype), sizes(experts))
+    name = f"grouped_matmul {name} of {experts} {dtype.__name__}"
     report(name, chip, both_ways(layer), arguments, kernels=3)
 
 
 @pytest.mark.parametrize("block", [128, 256])
-@pytest.mark.parametrize("name", ["v3-up", "v3-down", "v3-decode-up"])
-def test_fp8_grouped(chip, name, block):
+@pytest.mark.parametrize("name", GROUPED)
+def test_fp8_grouped_products(chip, name, block):
+    """All 256 experts on one chip: what fits v5e's 16 GB are the quantised operands."""
     m, k, n, e = shapes.GROUPED[name]
+    options = dict(block=block, implementation=Backend("tpu", chip))
+
+    def call(x, dy, w, turned, sizes):
+        y = fp8_grouped_fprop(x, w, sizes, tail=True, **options)
+        dx = fp8_grouped_dgrad(dy, w, sizes, tail=True, **options)
+        return y, dx, fp8_grouped_wgrad(*turned, sizes, dtype=BF16, **options)
+
+    tiles = lambda r, c: Scaled(((r, c), scaled.E4M3), ((r, c // block), F32))  # noqa: E731
+    w = Scaled(((e, k, n), scaled.E4M3), ((e, k // block, n // block), F32))
+    rows = -(-m // block) * block
+    turned = tiles(k, rows), tiles(n, rows)
+    arguments = (tiles(m, k), tiles(m, n), w, turned, sizes(e))
+    report(f"fp8_grouped {name} of {e} {block}", chip, call, arguments, kernels=3)
+
+
+@pytest.mark.parametrize("block", [128, 256])
+@pytest.mark.parametrize("name", GROUPED)
+def test_fp8_grouped_layer(chip, name, block):
+    m, k, n, _ = shapes.GROUPED[name]
+    experts = 32
 
     def layer(x, w, sizes):
         backend = Backend("tpu", chip)
         return fp8_grouped_linear(x, w, sizes, block=block, tail=True, implementation=backend)
 
-    arguments = (((m, k), BF16), ((e, k, n), F32), ((m, n), BF16), ((e,), jnp.int32))
-    name = f"fp8_grouped_linear {name} {block}"
+    arguments = (((m, k), BF16), ((experts, k, n), F32), ((m, n), BF16), sizes(experts))
+    name = f"fp8_grouped_linear {name} of {experts} {block}"
     report(name, chip, both_ways(layer), arguments, kernels=6)

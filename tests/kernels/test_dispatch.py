@@ -68,11 +68,13 @@ def test_an_unknown_chip_runs_the_reference(monkeypatch):
 def test_tiles_explicit_then_table_then_heuristic(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
     dims = {"m": 64, "k": 128}
-    choose = lambda explicit=None: tuning.choose(  # noqa: E731
-        "op", dims, chip="v5e", explicit=explicit, heuristic=lambda: (1, 1)
+    choose = lambda tiles=None: tuning.choose(  # noqa: E731
+        "op", dims, Backend("tpu", "v5e", tiles=tiles), lambda: (1, 1)
     )
     assert choose() == (1, 1)
     tuning.write("v5e", "op", {"k": 128, "m": 64}, (2, 2))
     tuning.write("v5e", "other", dims, (9, 9))
     assert choose() == (2, 2)
     assert choose((3, 3)) == (3, 3)
+    with pytest.raises(ValueError, match="op has 2 tiles"):
+        choose((3, 3, 3))

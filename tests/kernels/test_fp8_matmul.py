@@ -52,7 +52,7 @@ def products(x, w, dy, options):
     [
         (shapes.MATMUL["tiny"], 128, jnp.float32),
         ((1, 256, 128), 128, jnp.bfloat16),
-        ((300, 512, 256), 256, jnp.float32),
+        pytest.param((300, 512, 256), 256, jnp.float32, marks=pytest.mark.slow),
     ],
 )
 def test_products_of_the_quantised_operands(backend, size, block, dtype):
@@ -65,7 +65,7 @@ def test_products_of_the_quantised_operands(backend, size, block, dtype):
         assert error(got, want) <= bound
 
 
-@hypothesis.settings(max_examples=4)
+@pytest.mark.slow
 @hypothesis.given(
     st.integers(1, 140), st.integers(1, 3), st.integers(1, 2), st.floats(0, 4), st.integers(0, 99)
 )

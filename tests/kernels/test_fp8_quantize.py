@@ -119,7 +119,7 @@ def test_what_stands_after_the_last_row_is_not_read(backend):
         np.testing.assert_array_equal(np.float32(got), np.float32(want))
 
 
-@hypothesis.settings(max_examples=6)
+@pytest.mark.slow
 @hypothesis.given(st.integers(1, 70), st.integers(1, 3), st.booleans(), st.integers(0, 2**31))
 def test_random_shapes_are_alike_on_all_backends(m, tiles, power_of_two, seed):
     x = normal(seed, m, 128 * tiles, spread=3.0)

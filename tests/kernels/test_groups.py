@@ -43,9 +43,12 @@ def test_visits_are_the_pairs_that_share_rows(sizes_E, empty):
     assert got.start_G.tolist() == [0, *np.cumsum(sizes_E)]
 
 
+fill = jax.jit(functools.partial(groups.padded, m=M, tile=TILE))
+
+
 @hypothesis.given(sizes())
 def test_rows_filled_up_to_tiles_stay_apart(sizes_E):
-    slot_M, group_I = map(np.asarray, jax.jit(lambda s: groups.padded(s, M, TILE))(sizes_E))
+    slot_M, group_I = map(np.asarray, fill(sizes_E))
     total = sizes_E.sum()
     assert len(set(slot_M[:total])) == total
     np.testing.assert_array_equal(group_I[slot_M[:total] // TILE], np.repeat(np.arange(E), sizes_E))

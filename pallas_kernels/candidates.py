@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles worth measuring, for the tuner."""
+
+from collections.abc import Iterator
+
+from pallas_kernels.tuning import Tiles
+
+SIDES = (128, 256, 512, 1024)
+DEEPEST = 4096  # bytes of one row of a tile along the contraction
+
+
+def quantize(m: int, k: int, block: int) -> Iterator[Tiles]:
+    """(rows, columns) of a piece."""
+    for rows in (64, 128, 256, 512):
+        for columns in _divisors(k, block, 8192):
+            if rows <= max(m, 64):
+                yield rows, columns
+
+
+def matmul(sizes: tuple[int, int, int], block: int, itemsize: int) -> Iterator[Tiles]:
+    """(tm, tn, tk): sides up to the matrix, tk a divisor of k that is a multiple of the block."""
+    m, n, k = sizes
+    for tm in SIDES:
+        for tn in SIDES:
+            for tk in _divisors(k, block, DEEPEST // itemsize):
+                if tm <= max(m, 128) and tn <= max(n, 128) and tk >= min(k, 256):
+                    yield tm, tn, tk
+
+
+def _divisors(size: int, block: int, most: int) -> list[int]:
+    return [t for t in range(block, min(size, most) + 1, block) if size % t == 0]
