@@ -61,7 +61,7 @@ def tile_sizes(backend: Backend, hidden_TD, head_DN, tile: tuple[int, int] | Non
     """(tokens, columns): asked for, tuned, or TILE."""
     dims = {"m": len(hidden_TD), "k": len(head_DN), "vocabulary": head_DN.shape[1]}
     return tuning.choose(
-        "softmax_xent", dims, chip=backend.chip, explicit=tile, heuristic=lambda: TILE
+        "softmax_xent_xla", dims, chip=backend.chip, explicit=tile, heuristic=lambda: TILE
     )
 
 
