@@ -83,7 +83,9 @@ def mla_decode(
 def _check(q_latent, q_rope, cache, table, lengths) -> None:
     ranks = tuple(x.ndim for x in (q_latent, q_rope, *cache[:2], table, lengths))
     if ranks != (4, 4, 3, 3, 2, 1):
-        wrong = "q [B, T, H, C], q [B, T, H, R], pages [N, S, C] and [N, S, R], [B, P], [B] expected"
+        wrong = (
+            "q [B, T, H, C], q [B, T, H, R], pages [N, S, C] and [N, S, R], [B, P], [B] expected"
+        )
     elif q_latent.shape[:3] != q_rope.shape[:3]:
         wrong = "both queries must share [B, T, H]"
     elif not 1 <= q_latent.shape[1] <= MOST_QUERIES:

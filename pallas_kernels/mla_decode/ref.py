@@ -58,9 +58,7 @@ def decode(
     allowed_BTS = key_S < limits(query.lengths_B, t)[..., None]
     logits = jnp.einsum(
         "bthc,bsc->bths", query.latent_BTHC, latent_BSC, preferred_element_type=jnp.float32
-    ) + jnp.einsum(
-        "bthr,bsr->bths", query.rope_BTHR, rope_BSR, preferred_element_type=jnp.float32
-    )
+    ) + jnp.einsum("bthr,bsr->bths", query.rope_BTHR, rope_BSR, preferred_element_type=jnp.float32)
     logits = jnp.where(allowed_BTS[:, :, None], logits * scale, -jnp.inf)
     size = -(-len(key_S) // splits)
     parts = [

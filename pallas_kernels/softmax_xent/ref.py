@@ -5,15 +5,19 @@ The pieces that need no loop (`start`, `absorb`, `finish`, `slope`) act on one t
 the tokens down the rows; the kernels call the same ones on tiles in their memory.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import Backend
 
-TILE = (1024, 8192)  # 32 MB of logits
+LOGITS = 2**22  # of a tile on one device: 16 MB
+COLUMNS = 1024  # of a tile, at least
 LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: the difference of two such is not NaN
 
 
@@ -57,12 +61,32 @@ class Given(NamedTuple):
     of_entropy: jax.Array
 
 
-def tile_sizes(backend: Backend, hidden_TD, head_DN, tile: tuple[int, int] | None):
-    """(tokens, columns): asked for, tuned, or TILE."""
-    dims = {"m": len(hidden_TD), "k": len(head_DN), "vocabulary": head_DN.shape[1]}
-    return tuning.choose(
-        "softmax_xent_xla", dims, chip=backend.chip, explicit=tile, heuristic=lambda: TILE
+def tile_sizes(backend: Backend, hidden_BTD, head_DN, tile: tuple[int, int] | None):
+    """(tokens of each row of the leading axes, columns): asked for, tuned, or LOGITS of them.
+
+    Few columns of many tokens rather than the reverse: the head's gradient is then summed in one
+    product. Under a mesh a tile is shared out among its devices.
+    """
+    *batch, length, depth = hidden_BTD.shape
+    rows, n = math.prod(batch), head_DN.shape[1]
+    shares = _devices()
+
+    def heuristic():
+        tokens = min(rows * length, shares * LOGITS // COLUMNS)
+        return tokens, max(COLUMNS, shares * LOGITS // tokens)
+
+    dims = {"m": rows * length, "k": depth, "vocabulary": n}
+    tokens, width = tuning.choose(
+        "softmax_xent_xla", dims, chip=backend.chip, explicit=tile, heuristic=heuristic
     )
+    return max(tokens // rows, 1), width
+
+
+def _devices() -> int:
+    """Devices among which the compiler may share an array out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return math.prod(size for size, kind in free if kind != AxisType.Manual)
 
 
 def start(shape: tuple[int, ...]) -> Running:
@@ -85,8 +109,7 @@ def absorb(running: Running, logits_TN: jax.Array, hit_TN: jax.Array) -> Running
     return Running(
         peak,
         running.total * shrink + e.sum(-1, keepdims=True),
-        (running.spread + moved) * shrink
-        + jnp.where(e > 0, e * away, 0.0).sum(-1, keepdims=True),
+        (running.spread + moved) * shrink + jnp.where(e > 0, e * away, 0.0).sum(-1, keepdims=True),
         running.target + jnp.where(hit_TN, logits_TN, 0.0).sum(-1, keepdims=True),
     )
 
@@ -128,7 +151,7 @@ def columns(i, n: int, size: int) -> tuple[jax.Array, jax.Array]:
 def logits_of(hidden_TD: jax.Array, head_DN: jax.Array, temperature: jax.Array) -> jax.Array:
     """[T, N] float32; the head is read in the hidden states' dtype."""
     product = jnp.einsum(
-        "td,dn->tn",
+        "...td,dn->...tn",
         hidden_TD,
         head_DN.astype(hidden_TD.dtype),
         preferred_element_type=jnp.float32,
@@ -137,39 +160,39 @@ def logits_of(hidden_TD: jax.Array, head_DN: jax.Array, temperature: jax.Array) 
 
 
 def forward(
-    hidden_TD: jax.Array,
+    hidden_BTD: jax.Array,
     head_DN: jax.Array,
-    targets_T: jax.Array,
+    targets_BT: jax.Array,
     temperature: jax.Array,
     *,
     backend: Backend,
     tile: tuple[int, int] | None = None,
 ) -> Sums:
-    """log P(target), entropy and log-sum-exp, [T] float32, with one [tile] of logits at a time."""
-    tile = tile_sizes(backend, hidden_TD, head_DN, tile)
-    (t, _), n = hidden_TD.shape, head_DN.shape[1]
-    hidden_ktD, targets_kt1 = _chunks(hidden_TD, tile[0]), _chunks(targets_T[:, None], tile[0])
-    count, size = tile_of(n, tile[1])
+    """log P(target), entropy and log-sum-exp, [..., T], with one [tile] of logits at a time."""
+    n = head_DN.shape[1]
+    t, columns_most = tile_sizes(backend, hidden_BTD, head_DN, tile)
+    hidden_kBtD, targets_kBt1 = _chunks(hidden_BTD, t), _chunks(targets_BT[..., None], t)
+    count, size = tile_of(n, columns_most)
 
     def one_tile(running, i):
         begin, stale = columns(i, n, size)
         w_Dn = jax.lax.dynamic_slice_in_dim(head_DN, begin, size, 1)
 
         def one_chunk(xs):
-            hidden_tD, targets_t1, running = xs
-            logits = logits_of(hidden_tD, w_Dn, temperature)
-            return absorb(running, *_fresh(logits, begin, stale, targets_t1))
+            hidden_BtD, targets_Bt1, running = xs
+            logits = logits_of(hidden_BtD, w_Dn, temperature)
+            return absorb(running, *_fresh(logits, begin, stale, targets_Bt1))
 
-        return jax.lax.map(one_chunk, (hidden_ktD, targets_kt1, running)), None
+        return jax.lax.map(one_chunk, (hidden_kBtD, targets_kBt1, running)), None
 
-    running, _ = jax.lax.scan(one_tile, start(targets_kt1.shape), jnp.arange(count))
-    return Sums(*(x.reshape(-1)[:t] for x in finish(running)))
+    running, _ = jax.lax.scan(one_tile, start(targets_kBt1.shape), jnp.arange(count))
+    return Sums(*(_joined(x, targets_BT.shape[-1])[..., 0] for x in finish(running)))
 
 
 def backward(
-    hidden_TD: jax.Array,
+    hidden_BTD: jax.Array,
     head_DN: jax.Array,
-    targets_T: jax.Array,
+    targets_BT: jax.Array,
     temperature: jax.Array,
     given: Given,
     *,
@@ -177,12 +200,12 @@ def backward(
     tile: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Gradients of hidden (float32) and head (its dtype), every tile of logits made once again."""
-    tile = tile_sizes(backend, hidden_TD, head_DN, tile)
-    (t, d), n = hidden_TD.shape, head_DN.shape[1]
+    n = head_DN.shape[1]
+    t, columns_most = tile_sizes(backend, hidden_BTD, head_DN, tile)
     xs = jax.tree.map(
-        lambda x: _chunks(x, tile[0]), (hidden_TD, targets_T[:, None], given)
+        lambda x: _chunks(x, t), (hidden_BTD, targets_BT[..., None], given)
     )  # padded rows come with gradients of zero
-    count, size = tile_of(n, tile[1])
+    count, size = tile_of(n, columns_most)
 
     def one_tile(carry, i):
         d_hidden, d_head = carry
@@ -190,12 +213,11 @@ def backward(
         w_Dn = jax.lax.dynamic_slice_in_dim(head_DN, begin, size, 1)
 
         def one_chunk(d_w, xs):
-            (hidden_tD, targets_t1, given), d_hidden_tD = xs
-            logits = logits_of(hidden_tD, w_Dn, temperature)
-            d_logits = slope(*_fresh(logits, begin, stale, targets_t1), given) / temperature
-            d_logits = d_logits.astype(hidden_tD.dtype)
-            more, d_w_more = products(d_logits, hidden_tD, w_Dn)
-            return d_w + d_w_more, d_hidden_tD + more
+            (hidden_BtD, targets_Bt1, given), d_hidden_BtD = xs
+            logits = logits_of(hidden_BtD, w_Dn, temperature)
+            d_logits = slope(*_fresh(logits, begin, stale, targets_Bt1), given) / temperature
+            more, d_w_more = products(d_logits.astype(hidden_BtD.dtype), hidden_BtD, w_Dn)
+            return d_w + d_w_more, d_hidden_BtD + more
 
         zero = jnp.zeros(w_Dn.shape, jnp.float32)
         d_w, d_hidden = jax.lax.scan(one_chunk, zero, (xs, d_hidden))
@@ -203,14 +225,15 @@ def backward(
 
     zeros = jnp.zeros(xs[0].shape, jnp.float32), jnp.zeros_like(head_DN)
     (d_hidden, d_head), _ = jax.lax.scan(one_tile, zeros, jnp.arange(count))
-    return d_hidden.reshape(-1, d)[:t], d_head
+    return _joined(d_hidden, targets_BT.shape[-1]), d_head
 
 
 def products(d_logits_TN, hidden_TD, head_DN) -> tuple[jax.Array, jax.Array]:
-    """What a tile's slope adds to the gradients of hidden [T, D] and head [D, N], float32."""
+    """What a tile's slope adds to the gradients of hidden and head [D, N], float32."""
     w = head_DN.astype(hidden_TD.dtype)
-    d_hidden = jnp.einsum("tn,dn->td", d_logits_TN, w, preferred_element_type=jnp.float32)
-    d_head = jnp.einsum("td,tn->dn", hidden_TD, d_logits_TN, preferred_element_type=jnp.float32)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    d_hidden = dot("...tn,dn->...td", d_logits_TN, w)
+    d_head = dot("...td,...tn->dn", hidden_TD, d_logits_TN)
     return d_hidden, d_head
 
 
@@ -223,16 +246,25 @@ def added(head_DN: jax.Array, more_Dn: jax.Array, begin) -> jax.Array:
 
 def _fresh(logits_tn, begin, stale, targets_t1) -> tuple[jax.Array, jax.Array]:
     """(logits, −inf where an earlier tile has had the column; whether it is the target's)."""
-    at = jax.lax.broadcasted_iota(jnp.int32, logits_tn.shape, 1)
+    at = jax.lax.broadcasted_iota(jnp.int32, logits_tn.shape, logits_tn.ndim - 1)
     fresh = at >= stale
     hit = fresh & (at + begin == targets_t1)
     return jnp.where(fresh, logits_tn, -jnp.inf), hit
 
 
-def _chunks(x_TD: jax.Array, most: int) -> jax.Array:
-    """[T, ...] → [k, t, ...] with zeros behind, in as few chunks of at most `most` as it takes."""
-    n = x_TD.shape[0]
-    count = -(-n // most)
-    pad = -n % count
-    x = jnp.pad(x_TD, ((0, pad), *((0, 0),) * (x_TD.ndim - 1))) if pad else x_TD
-    return x.reshape(count, -1, *x_TD.shape[1:])
+def _chunks(x_BTD: jax.Array, most: int) -> jax.Array:
+    """[..., T, D] → [k, ..., t, D], zeros behind, in as few chunks of at most `most` as it takes.
+
+    Only the last axis of tokens is cut: those before it may be sharded.
+    """
+    *batch, length, width = x_BTD.shape
+    count = -(-length // most)
+    pad = -length % count
+    x = jnp.pad(x_BTD, (*((0, 0),) * len(batch), (0, pad), (0, 0))) if pad else x_BTD
+    return jnp.moveaxis(x.reshape(*batch, count, -1, width), -3, 0)
+
+
+def _joined(x_kBtD: jax.Array, length: int) -> jax.Array:
+    """The inverse of `_chunks`."""
+    count, *batch, t, width = x_kBtD.shape
+    return jnp.moveaxis(x_kBtD, 0, -3).reshape(*batch, count * t, width)[..., :length, :]

@@ -32,8 +32,11 @@ class Tiles(NamedTuple):
     d: int
 
 
-def forward(hidden_TD, head_DN, targets_T, temperature, *, backend: Backend, tile=None) -> ref.Sums:
+def forward(
+    hidden_BTD, head_DN, targets_BT, temperature, *, backend: Backend, tile=None
+) -> ref.Sums:
     """As `ref.forward`, logits in VMEM alone."""
+    hidden_TD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     (t, d), n = hidden_TD.shape, head_DN.shape[1]
     tiles = tiles_of(backend, hidden_TD, head_DN, tile)
     packed_TL = pl.pallas_call(
@@ -49,16 +52,19 @@ def forward(hidden_TD, head_DN, targets_T, temperature, *, backend: Backend, til
             ],
         ),
         **_settings(backend, tiles, hidden_TD, head_DN, columns=True),
-    )(hidden_TD, head_DN, targets_T[:, None], temperature.reshape(1))
-    return ref.Sums(*(packed_TL[:, i] for i in range(len(ref.Sums._fields))))
+    )(hidden_TD, head_DN, targets_BT.reshape(-1, 1), temperature.reshape(1))
+    fields = range(len(ref.Sums._fields))
+    return ref.Sums(*(packed_TL[:, i].reshape(targets_BT.shape) for i in fields))
 
 
-def backward(hidden_TD, head_DN, targets_T, temperature, given, *, backend: Backend, tile=None):
+def backward(hidden_BTD, head_DN, targets_BT, temperature, given, *, backend: Backend, tile=None):
     """As `ref.backward`, with a [T, SLICE] slope as the largest temporary."""
+    hidden_TD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     n = head_DN.shape[1]
     tiles = tiles_of(backend, hidden_TD, head_DN, tile)
     count, size = ref.tile_of(n, max(SLICE - SLICE % tiles.n, tiles.n))
-    packed_T4 = jnp.concatenate(given, axis=-1)
+    targets_T1 = targets_BT.reshape(-1, 1)
+    packed_T4 = jnp.concatenate([x.reshape(-1, 1) for x in given], axis=-1)
 
     def one_slice(carry, i):
         d_hidden, d_head = carry
@@ -66,7 +72,7 @@ def backward(hidden_TD, head_DN, targets_T, temperature, given, *, backend: Back
         w_Dn = jax.lax.dynamic_slice_in_dim(head_DN, begin, size, 1)
         where = jnp.stack([begin, stale]).astype(jnp.int32)
         slope_Tn = _slope(
-            (hidden_TD, w_Dn, targets_T[:, None], packed_T4, temperature.reshape(1), where),
+            (hidden_TD, w_Dn, targets_T1, packed_T4, temperature.reshape(1), where),
             backend=backend,
             tiles=tiles._replace(n=min(tiles.n, size)),
         )
@@ -74,7 +80,8 @@ def backward(hidden_TD, head_DN, targets_T, temperature, given, *, backend: Back
         return (d_hidden + d_hidden_more, ref.added(d_head, d_w, begin)), None
 
     zeros = jnp.zeros(hidden_TD.shape, jnp.float32), jnp.zeros_like(head_DN)
-    return jax.lax.scan(one_slice, zeros, jnp.arange(count))[0]
+    (d_hidden, d_head), _ = jax.lax.scan(one_slice, zeros, jnp.arange(count))
+    return d_hidden.reshape(hidden_BTD.shape), d_head
 
 
 def tiles_of(backend: Backend, hidden_TD, head_DN, tile: tuple[int, int] | None) -> Tiles:
@@ -179,7 +186,15 @@ def _add_product(hidden_ref, head_ref, logits_vmem) -> None:
 
 
 def _forward_kernel(
-    hidden_ref, head_ref, target_ref, temperature_ref, packed_ref, logits_vmem, *running_vmem, n, steps
+    hidden_ref,
+    head_ref,
+    target_ref,
+    temperature_ref,
+    packed_ref,
+    logits_vmem,
+    *running_vmem,
+    n,
+    steps,
 ):
     column, depth = pl.program_id(1), pl.program_id(2)
     last = depth == steps - 1

@@ -5,6 +5,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.softmax_xent import softmax_xent
+
+# Up to so many logits a step of tiles and its second computing cost more than they save
+# (experiments/log/010_…).
+FEW = 2**24
+COLUMNS = 8192  # of a tile with `chunk` tokens
+
 
 def token_logp(
     hidden_BTD: jax.Array,
@@ -12,49 +19,63 @@ def token_logp(
     targets_BT: jax.Array,
     *,
     temperature: jax.Array | float = 1.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """log P(target) and entropy of softmax(hidden · head / temperature), in chunks of tokens.
+    """log P(target) and entropy of softmax(hidden · head / temperature).
 
-    Each chunk's logits live only inside one step of a scan and are computed again in the backward
-    pass, so the largest temporary is [chunk, N] in value and gradient alike.
+    Beyond `FEW` logits they live tile by tile, in value and gradient alike: the vocabulary in
+    slices under a running log-sum-exp, and many tokens in chunks (`pallas_kernels.softmax_xent`).
 
     Args:
         hidden_BTD: [B, T, D] final hidden states.
         head_DN: [D, N] output head.
         targets_BT: [B, T] int32 token ids.
         temperature: softmax temperature of the sampler whose log-probabilities these must match.
-        chunk: tokens per step.
+        chunk: tokens of a tile, on all devices; None chooses, and takes few logits in whole.
 
     Returns:
         (logp_BT, entropy_BT): [B, T] float32, in nats. The entropy carries no gradient.
     """
     chex.assert_rank([hidden_BTD, head_DN, targets_BT], [3, 2, 2])
-    b, t, d = hidden_BTD.shape
-    n = b * t
-    size = min(chunk, n)
-    pad = -n % size
-    hidden = jnp.pad(hidden_BTD.reshape(n, d), ((0, pad), (0, 0))).reshape(-1, size, d)
-    targets = jnp.pad(targets_BT.reshape(n), (0, pad)).reshape(-1, size)
+    if chunk is None and targets_BT.size * head_DN.shape[1] <= FEW:
+        return _whole(hidden_BTD, head_DN, targets_BT, temperature)
+    tile = None if chunk is None else (chunk, COLUMNS)
 
-    def one(hidden_TD, target_T):
-        logits = jnp.einsum(
-            "td,dn->tn",
-            hidden_TD,
-            head_DN.astype(hidden_TD.dtype),
-            preferred_element_type=jnp.float32,
+    mesh = jax.sharding.get_abstract_mesh()
+    # The compiler shares out plain products, not kernels, among the devices of a mesh.
+    implementation = None if mesh.empty or mesh.are_all_axes_manual else "xla"
+
+    def tiled(hidden_BTD, head_DN, targets_BT, temperature):
+        logp_BT, entropy_BT = softmax_xent(
+            hidden_BTD,
+            head_DN,
+            targets_BT,
+            temperature=temperature,
+            tile=tile,
+            implementation=implementation,
         )
-        logits = logits / temperature
-        norm_T = jax.nn.logsumexp(logits, axis=-1)
-        logp_T = jnp.take_along_axis(logits, target_T[:, None], axis=-1)[:, 0] - norm_T
-        still = jax.lax.stop_gradient(logits - norm_T[:, None])
-        entropy_T = -(jnp.exp(still) * still).sum(-1)
-        return logp_T, entropy_T
+        return logp_BT, jax.lax.stop_gradient(entropy_BT)
 
-    if hidden.shape[0] == 1:  # nothing to bound by computing again
-        logp, entropy = one(hidden[0], targets[0])
-    else:
-        # Inside a scan nothing is merged, so the backward pass does compute again.
-        body = jax.checkpoint(lambda _, xs: (None, one(*xs)), prevent_cse=False)
-        _, (logp, entropy) = jax.lax.scan(body, None, (hidden, targets))
-    return logp.reshape(-1)[:n].reshape(b, t), entropy.reshape(-1)[:n].reshape(b, t)
+    arrays = hidden_BTD, head_DN, targets_BT, jnp.asarray(temperature, jnp.float32)
+    if not mesh.are_all_axes_explicit:
+        return tiled(*arrays)
+    # Which slice of the vocabulary lies where is the compiler's to decide.
+    like_targets = jax.typeof(targets_BT).sharding
+    return jax.sharding.auto_axes(tiled, out_sharding=(like_targets, like_targets))(*arrays)
+
+
+def _whole(hidden_BTD, head_DN, targets_BT, temperature) -> tuple[jax.Array, jax.Array]:
+    b, t, d = hidden_BTD.shape
+    logits = jnp.einsum(
+        "td,dn->tn",
+        hidden_BTD.reshape(b * t, d),
+        head_DN.astype(hidden_BTD.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    logits = logits / temperature
+    norm_T = jax.nn.logsumexp(logits, axis=-1)
+    target_T1 = targets_BT.reshape(b * t, 1)
+    logp_T = jnp.take_along_axis(logits, target_T1, axis=-1)[:, 0] - norm_T
+    still = jax.lax.stop_gradient(logits - norm_T[:, None])
+    entropy_T = -(jnp.exp(still) * still).sum(-1)
+    return logp_T.reshape(b, t), entropy_T.reshape(b, t)

@@ -86,9 +86,9 @@ everywhere = pytest.mark.parametrize("backend", BACKENDS)
 def table_of(seed=0, distinct=True):
     rng = np.random.default_rng(seed)
     pages = ROWS * PAGES
-    return (
-        rng.permutation(pages) if distinct else rng.integers(0, pages, pages)
-    ).reshape(ROWS, PAGES)
+    return (rng.permutation(pages) if distinct else rng.integers(0, pages, pages)).reshape(
+        ROWS, PAGES
+    )
 
 
 @everywhere
@@ -160,7 +160,9 @@ def test_what_lies_behind_the_end_does_not_matter(dtype, backend):
             for x in spoilt:
                 if x is not None:
                     x[table[row, s // SIZE], s % SIZE] = np.nan
-        entries[row, -(-length // SIZE) :] = [-1, 10**6, 30, -(10**9), 29, 31][: PAGES - -(-length // SIZE)]
+        entries[row, -(-length // SIZE) :] = [-1, 10**6, 30, -(10**9), 29, 31][
+            : PAGES - -(-length // SIZE)
+        ]
     spoilt = jax.tree.map(jnp.asarray, spoilt)
     call = lambda cache, table: found(  # noqa: E731
         queries, cache, table, np.asarray(LENGTHS), None, 64, backend
@@ -171,7 +173,11 @@ def test_what_lies_behind_the_end_does_not_matter(dtype, backend):
 
 @everywhere
 def test_a_length_beyond_the_table_is_the_table(backend):
-    queries, (cache, _), table = queries_of(ROWS, 1, 4, 16, 8), cache_of(30, SIZE, 16, 8), table_of()
+    queries, (cache, _), table = (
+        queries_of(ROWS, 1, 4, 16, 8),
+        cache_of(30, SIZE, 16, 8),
+        table_of(),
+    )
     more, most = (
         found(queries, cache, table, np.full(ROWS, n), None, 64, backend) for n in (999, 192)
     )
@@ -180,7 +186,11 @@ def test_a_length_beyond_the_table_is_the_table(backend):
 
 
 def test_verification_is_decoding_token_by_token():
-    queries, (cache, _), table = queries_of(ROWS, 4, 4, 16, 8), cache_of(30, SIZE, 16, 8), table_of()
+    queries, (cache, _), table = (
+        queries_of(ROWS, 4, 4, 16, 8),
+        cache_of(30, SIZE, 16, 8),
+        table_of(),
+    )
     lengths = np.asarray([4, 9, 75, 64, 192])
     whole = found(queries, cache, table, lengths, None, None, XLA)
     for t in range(4):
@@ -192,7 +202,11 @@ def test_verification_is_decoding_token_by_token():
 
 def test_huge_and_infinite_logits():
     """Scores of ±1e30 do not overflow; a NaN query is NaN alone."""
-    queries, (cache, _), table = queries_of(ROWS, 1, 4, 16, 8), cache_of(30, SIZE, 16, 8), table_of()
+    queries, (cache, _), table = (
+        queries_of(ROWS, 1, 4, 16, 8),
+        cache_of(30, SIZE, 16, 8),
+        table_of(),
+    )
     queries[0] = queries[0].at[2].multiply(1e30).at[3, 0, 1, 0].set(np.nan)
     for backend in (XLA, TPU):
         out, lse = found(queries, cache, table, np.asarray(LENGTHS), None, 64, backend)
@@ -209,8 +223,6 @@ def test_merging_is_attention_over_all_keys():
     s, v = rng.normal(size=(2, 9)) * 9, rng.normal(size=(9, 4))
     cuts = [slice(0, 5), slice(5, 5), slice(5, 9)]
     e = [np.exp(s[:, cut]) for cut in cuts]
-    out = np.stack([x @ v[cut] / max(x.sum(), 1e-9) if x.size else np.zeros((2, 4)) for x, cut in
-                    zip(e, cuts, strict=True)])  # fmt: skip
     out = np.stack([
         x @ v[cut] / x.sum(-1, keepdims=True) if x.size else np.zeros((2, 4))
         for x, cut in zip(e, cuts, strict=True)
@@ -227,7 +239,11 @@ def test_merging_is_attention_over_all_keys():
 
 
 def test_the_gradient_of_the_reference_is_that_of_attention():
-    queries, (cache, _), table = queries_of(ROWS, 2, 4, 16, 8), cache_of(30, SIZE, 16, 8), table_of()
+    queries, (cache, _), table = (
+        queries_of(ROWS, 2, 4, 16, 8),
+        cache_of(30, SIZE, 16, 8),
+        table_of(),
+    )
     lengths = np.asarray([2, 5, 75, 64, 192])
 
     def dense(q_latent, q_rope, latent, rope):
@@ -244,7 +260,9 @@ def test_the_gradient_of_the_reference_is_that_of_attention():
         )[0]
 
     got, want = (
-        jax.jit(jax.grad(lambda *x: jnp.sin(f(*x)).sum(), argnums=(0, 1, 2, 3)))(*queries, *cache[:2])  # noqa: B023
+        jax.jit(jax.grad(lambda *x: jnp.sin(f(*x)).sum(), argnums=(0, 1, 2, 3)))(
+            *queries, *cache[:2]
+        )  # noqa: B023
         for f in (paged, dense)
     )
     for a, b in zip(got, want, strict=True):
@@ -327,4 +345,5 @@ def test_the_chips_compiler_takes_it(name, page, dtype, chip, capsys):
     )
     with capsys.disabled():
         print(f"\nmla_decode {name} {dtype} {chip}: {report}")
-    assert report.temporaries < report.arguments / 8  # the cache is not copied
+    assert report.kernels == 1
+    assert report.temporaries < pages * page * c / 8  # the cache is not copied

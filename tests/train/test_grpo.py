@@ -277,7 +277,7 @@ def test_a_reward_raises_what_it_rewards():
 
 
 def test_no_array_of_tokens_times_vocabulary():
-    """The compiled step keeps far less than one float for each token and word: a few chunks."""
+    """The compiled step keeps far less than one float for each token and word: a few tiles."""
     rows, length, vocab = 128, 64, 8192
     cfg = models.dense_config(qwen2=True, vocab_size=vocab, num_layers=1)
     state, shape = tiny.state(cfg), jax.ShapeDtypeStruct
@@ -288,4 +288,4 @@ def test_no_array_of_tokens_times_vocabulary():
     )  # fmt: skip
     lowered = step(ONE).lower(state, state.params, r, f(rows), Controls(f(), f()), temperature=f())
     used = lowered.compile().memory_analysis().temp_size_in_bytes
-    assert 0 < used < rows * length * vocab * 4 / 2
+    assert 0 < used < rows * length * vocab * 4 / 2.5
