@@ -17,12 +17,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import Backend, Unsupported
-from pallas_kernels.mla_decode.ref import PagedLatents, Query
+from pallas_kernels.mla_decode.ref import LOWEST, PagedLatents, Query
 
 LANES = 128
 KEYS = 512  # of a block
 MOST_TABLE = 2**19  # bytes; scalar memory has 2^20
-LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: the difference of two such is not NaN
+
 
 
 class Plan(NamedTuple):
@@ -75,7 +75,7 @@ def decode(
     keys: int | None,
     backend: Backend,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `ref.decode`; one stretch unless more are asked for: a core has nothing to gain by them."""
+    """As `ref.decode`; one stretch unless more are asked for: a core gains nothing by them."""
     b, t, h, c = query.latent_BTHC.shape
     n, page = cache.latent_NSC.shape[:2]
     r = cache.rope_NSR.shape[2]
