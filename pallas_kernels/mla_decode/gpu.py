@@ -37,6 +37,7 @@ class Plan(NamedTuple):
         heads: rows of a query token.
         queries: T.
         scale: of the softmax.
+        simulated: on CPU.
     """
 
     steps_a_page: int
@@ -44,6 +45,7 @@ class Plan(NamedTuple):
     heads: int
     queries: int
     scale: float
+    simulated: bool
 
 
 def decode(
@@ -64,13 +66,13 @@ def decode(
     tiles = pl.cdiv(rows, ROWS)
     most = max(query.table_BP.shape[1] * page // KEYS // 4, 1)
     splits = splits or min(most, max(1, 2 * MULTIPROCESSORS // (b * tiles)))
-    plan = Plan(page // KEYS, splits, h, t, scale)
+    plan = Plan(page // KEYS, splits, h, t, scale, backend.interpret)
     filled = lambda x: jnp.pad(  # noqa: E731
         x.reshape(b, rows, -1), ((0, 0), (0, tiles * ROWS - rows), (0, 0))
     )
     dtype = query.latent_BTHC.dtype
-    tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-    weights = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64)
+    # 64 bytes, for weights are HALF wide and both sides of a product must be swizzled alike.
+    tiled = plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(2 * HALF)
     smem = lambda *shape: plgpu.SMEM(shape, dtype, transforms=tiled)  # noqa: E731
     out, lse = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
@@ -83,10 +85,10 @@ def decode(
             q_rope_smem=smem(ROWS, rope),
             latent_smem=smem(STAGES, 2, 2, HALF, c // 2),
             rope_smem=smem(STAGES, 2, HALF, rope),
-            weight_smem=plgpu.SMEM((2, ROWS, HALF), dtype, transforms=weights),
+            weight_smem=smem(2, ROWS, HALF),
             told_smem=plgpu.SMEM((2, ROWS), jnp.float32),
-            q_come=plgpu.Barrier(),
-            come=plgpu.Barrier(num_barriers=STAGES),
+            q_come=plgpu.Barrier(num_arrivals=3),  # as many as copies
+            come=plgpu.Barrier(num_arrivals=6, num_barriers=STAGES),
             used=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             told=plgpu.Barrier(num_arrivals=2),
             weighed=plgpu.Barrier(num_arrivals=2),
@@ -95,7 +97,8 @@ def decode(
         grid_names=("row", "split", "tile"),
         num_threads=3,
         thread_name="wg",
-        compiler_params=_compat.gpu_compiler_params(),
+        # Rows of `wgmma` results are reduced in registers: the default would not leave room.
+        compiler_params=_compat.gpu_compiler_params(reduction_scratch_bytes=512),
         **({"interpret": _compat.gpu_interpret_params()} if backend.interpret else {}),
     )(
         query.lengths_B,
@@ -115,13 +118,13 @@ def _check(query: Query, cache: PagedLatents) -> None:
     dtypes = {x.dtype.name for x in (query.latent_BTHC, *cache[:2])}
     if dtypes != {"bfloat16"}:
         raise Unsupported(
-            f"mla_decode on GPU multiplies bfloat16 queries and pages, got {sorted(dtypes)}; `wgmma` "
-            "reads E4M3 on both sides or on neither; use 'xla'"
+            f"mla_decode on GPU multiplies bfloat16 queries and pages, got {sorted(dtypes)}; "
+            "`wgmma` reads E4M3 on both sides or on neither; use 'xla'"
         )
     if c % 128 or c > 2 * WIDEST or r not in (64, 128) or page % KEYS:
         raise Unsupported(
-            f"mla_decode on GPU needs C a multiple of 128 up to {2 * WIDEST}, R 64 or 128, pages of a "
-            f"multiple of {KEYS} tokens; got pages {list(cache.latent_NSC.shape)} and "
+            f"mla_decode on GPU needs C a multiple of 128 up to {2 * WIDEST}, R 64 or 128, pages "
+            f"of a multiple of {KEYS} tokens; got pages {list(cache.latent_NSC.shape)} and "
             f"{list(cache.rope_NSR.shape)}; use 'xla'"
         )
 
@@ -260,7 +263,7 @@ def _attend(warpgroup, steps, limits, plan, come, used, **scratch):
             for half in range(2):
                 plgpu.wgmma(acc_ref, weight_smem.at[half], latent_smem.at[slot, half, warpgroup])
 
-        mean = pl.run_state(sums)(plgpu.ACC.init(mean * spread(shrink, width)))
+        mean = _summed(mean * spread(shrink, width), sums, simulated=plan.simulated)
         plgpu.barrier_arrive(used.at[slot])
         return mean, higher, total * shrink + weight.sum(axis=1)
 
@@ -271,6 +274,18 @@ def _attend(warpgroup, steps, limits, plan, come, used, **scratch):
         blank((ROWS,), 0.0, per_row),
     )
     return jax.lax.fori_loop(0, count, step, start)
+
+
+def _summed(start, sums, *, simulated: bool) -> jax.Array:
+    """`start` plus products, added where it lies; the simulation on CPU adds apart."""
+    if not simulated:
+        return pl.run_state(sums)(plgpu.ACC.init(start))
+
+    def alone(acc_ref):
+        sums(acc_ref)
+        return acc_ref[...]
+
+    return start + pl.run_scoped(alone, plgpu.ACC(start.shape, jnp.float32))
 
 
 def _store(warpgroup, found, out_gmem, lse_gmem, here, **scratch):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Backend
 
-
 LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: the difference of two such is not NaN
 
 

@@ -24,7 +24,6 @@ KEYS = 512  # of a block
 MOST_TABLE = 2**19  # bytes; scalar memory has 2^20
 
 
-
 class Plan(NamedTuple):
     """What is static in a call.
 

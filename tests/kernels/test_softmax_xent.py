@@ -260,7 +260,7 @@ def test_the_chips_compiler_takes_it(name, chip, capsys):
     for f in (call, functools.partial(with_gradients, call)):
         report = chip_compiler.compiled(f, arguments, chip)
         with capsys.disabled():
-            print(f"\nsoftmax_xent {name} {chip}: {report}")
+            print(f"\nsoftmax_xent {name} {chip}: {report}")  # noqa: T201
         assert report.kernels >= 1
         assert max(report.vmem_limits) * MIB <= backend.device.on_chip
         if (name, chip) != ("v3", "tpu7x"):  # there the compiler lays the head out anew
