@@ -11,7 +11,7 @@ Lowered for CUDA and simulated on CPU in the tests; not yet run on a GPU.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,36 @@ class Plan(NamedTuple):
     simulated: bool
 
 
+class Scratch(NamedTuple):
+    """Shared memory and barriers of a block.
+
+    Attributes:
+        q_smem: [2 halves of C, ROWS, C / 2]; results leave through it.
+        q_rope_smem: [ROWS, R].
+        latent_smem: [STAGES, 2 halves of keys, 2 halves of C, HALF, C / 2].
+        rope_smem: [STAGES, 2, HALF, R].
+        weight_smem: [2 halves of keys, ROWS, HALF].
+        told_smem: [2 warpgroups, ROWS] float32 that one tells the other.
+        q_come: queries are there.
+        come: a stage's keys are there.
+        used: both warpgroups are done with a stage.
+        told: both have told.
+        weighed: both have weighed.
+    """
+
+    q_smem: Any
+    q_rope_smem: Any
+    latent_smem: Any
+    rope_smem: Any
+    weight_smem: Any
+    told_smem: Any
+    q_come: Any
+    come: Any
+    used: Any
+    told: Any
+    weighed: Any
+
+
 def decode(
     query: Query,
     cache: PagedLatents,
@@ -61,7 +91,7 @@ def decode(
     del keys  # a step has KEYS
     _check(query, cache)
     b, t, h, c = query.latent_BTHC.shape
-    page, rope = cache.rope_NSR.shape[1:]
+    page = cache.latent_NSC.shape[1]
     rows = t * h
     tiles = pl.cdiv(rows, ROWS)
     most = max(query.table_BP.shape[1] * page // KEYS // 4, 1)
@@ -70,29 +100,13 @@ def decode(
     filled = lambda x: jnp.pad(  # noqa: E731
         x.reshape(b, rows, -1), ((0, 0), (0, tiles * ROWS - rows), (0, 0))
     )
-    dtype = query.latent_BTHC.dtype
-    # 64 bytes, for weights are HALF wide and both sides of a product must be swizzled alike.
-    tiled = plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(2 * HALF)
-    smem = lambda *shape: plgpu.SMEM(shape, dtype, transforms=tiled)  # noqa: E731
     out, lse = plgpu.kernel(
         functools.partial(_kernel, plan=plan),
         out_type=(
-            jax.ShapeDtypeStruct((splits, b, tiles * ROWS, c), dtype),
+            jax.ShapeDtypeStruct((splits, b, tiles * ROWS, c), query.latent_BTHC.dtype),
             jax.ShapeDtypeStruct((splits, b, tiles * ROWS), jnp.float32),
         ),
-        scratch_types=dict(
-            q_smem=smem(2, ROWS, c // 2),
-            q_rope_smem=smem(ROWS, rope),
-            latent_smem=smem(STAGES, 2, 2, HALF, c // 2),
-            rope_smem=smem(STAGES, 2, HALF, rope),
-            weight_smem=smem(2, ROWS, HALF),
-            told_smem=plgpu.SMEM((2, ROWS), jnp.float32),
-            q_come=plgpu.Barrier(num_arrivals=3),  # as many as copies
-            come=plgpu.Barrier(num_arrivals=6, num_barriers=STAGES),
-            used=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            told=plgpu.Barrier(num_arrivals=2),
-            weighed=plgpu.Barrier(num_arrivals=2),
-        ),
+        scratch_types=_scratch(c // 2, cache.rope_NSR.shape[-1])._asdict(),
         grid=(b, splits, tiles),
         grid_names=("row", "split", "tile"),
         num_threads=3,
@@ -110,6 +124,26 @@ def decode(
     )
     joined = lambda x: x[:, :, :rows].reshape(splits, b, t, h, *x.shape[3:])  # noqa: E731
     return joined(out), joined(lse)
+
+
+def _scratch(width: int, rope: int) -> Scratch:
+    """For C = 2 · width. 64 bytes of swizzle: weights are HALF wide, and both sides of a product
+    must be swizzled alike."""
+    tiled = plgpu.TilingTransform((8, HALF)), plgpu.SwizzleTransform(2 * HALF)
+    smem = lambda *shape: plgpu.SMEM(shape, jnp.bfloat16, transforms=tiled)  # noqa: E731
+    return Scratch(
+        q_smem=smem(2, ROWS, width),
+        q_rope_smem=smem(ROWS, rope),
+        latent_smem=smem(STAGES, 2, 2, HALF, width),
+        rope_smem=smem(STAGES, 2, HALF, rope),
+        weight_smem=smem(2, ROWS, HALF),
+        told_smem=plgpu.SMEM((2, ROWS), jnp.float32),
+        q_come=plgpu.Barrier(num_arrivals=3),  # as many as copies
+        come=plgpu.Barrier(num_arrivals=6, num_barriers=STAGES),
+        used=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        told=plgpu.Barrier(num_arrivals=2),
+        weighed=plgpu.Barrier(num_arrivals=2),
+    )
 
 
 def _check(query: Query, cache: PagedLatents) -> None:
@@ -139,8 +173,9 @@ def _last_keys(query: Query, cache: PagedLatents) -> tuple[jax.Array, jax.Array]
     return tuple(jnp.where(held_BS1, x[pages_BS, at_BS % page], 0) for x in cache[:2])
 
 
-def _kernel(lengths_gmem, table_gmem, *refs, plan: Plan, come, used, **scratch):
+def _kernel(lengths_gmem, table_gmem, *refs, plan: Plan, **scratch):
     *inputs, out_gmem, lse_gmem = refs
+    scratch = Scratch(**scratch)
     row, split, tile = (jax.lax.axis_index(x) for x in ("row", "split", "tile"))
     warpgroup = jax.lax.axis_index("wg")
     length = lengths_gmem[row]
@@ -152,58 +187,50 @@ def _kernel(lengths_gmem, table_gmem, *refs, plan: Plan, come, used, **scratch):
     @pl.when(warpgroup == 2)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        _fetch(inputs, table_gmem, (row, tile), (first, count, steps), plan, come, used, **scratch)
+        _fetch((table_gmem, *inputs), (row, tile), (first, count, steps), plan, scratch)
 
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        mean, peak, total = _attend(
-            warpgroup, (first, count), (tile, length), plan, come, used, **scratch
-        )
-        here = (split, row, pl.ds(tile * ROWS, ROWS))
-        _store(warpgroup, (mean, peak, total), out_gmem, lse_gmem, here, **scratch)
+        limit = length - plan.queries + 1  # of the first query token
+        found = _attend((first, count), (tile, limit), plan, scratch)
+        _store(found, out_gmem, lse_gmem, (split, row, pl.ds(tile * ROWS, ROWS)), scratch)
 
 
-def _fetch(inputs, table_gmem, where, steps, plan, come, used, *, q_come, **scratch):
-    """Queries once, then a step's keys into the buffer that both warpgroups are done with."""
-    q_gmem, q_rope_gmem, latent_gmem, rope_gmem, last_gmem, last_rope_gmem = inputs
-    latent_smem, rope_smem = scratch["latent_smem"], scratch["rope_smem"]
+def _fetch(gmem, where, steps, plan: Plan, scratch: Scratch) -> None:
+    """Queries once, then a step's keys into the stage that both warpgroups are done with."""
+    table_gmem, q_gmem, q_rope_gmem, latent_gmem, rope_gmem, *last_gmem = gmem
     (row, tile), (first, count, all_steps) = where, steps
-    width = latent_smem.shape[-1]
+    width = scratch.q_smem.shape[-1]
     rows = pl.ds(tile * ROWS, ROWS)
-
-    def copy(source, target, barrier):
-        plgpu.copy_gmem_to_smem(source, target, barrier)
-
+    copy = plgpu.copy_gmem_to_smem
     for i in range(2):
-        copy(q_gmem.at[row, rows, pl.ds(i * width, width)], scratch["q_smem"].at[i], q_come)
-    copy(q_rope_gmem.at[row, rows], scratch["q_rope_smem"], q_come)
+        half_C = q_gmem.at[row, rows, pl.ds(i * width, width)]
+        copy(half_C, scratch.q_smem.at[i], scratch.q_come)
+    copy(q_rope_gmem.at[row, rows], scratch.q_rope_smem, scratch.q_come)
 
     @pl.loop(0, count)
     def _(i):
-        slot = jax.lax.rem(i, jnp.int32(STAGES))
+        stage = jax.lax.rem(i, jnp.int32(STAGES))
 
         @pl.when(i >= STAGES)
         def _():
-            plgpu.barrier_wait(used.at[slot])
+            plgpu.barrier_wait(scratch.used.at[stage])
 
         def load(latent_SC, rope_SR, begin):
+            come = scratch.come.at[stage]
             for half in range(2):
                 keys = pl.ds(begin + half * HALF, HALF)
                 for part in range(2):
-                    columns = pl.ds(part * width, width)
-                    copy(
-                        latent_SC.at[keys, columns],
-                        latent_smem.at[slot, half, part],
-                        come.at[slot],
-                    )
-                copy(rope_SR.at[keys], rope_smem.at[slot, half], come.at[slot])
+                    source = latent_SC.at[keys, pl.ds(part * width, width)]
+                    copy(source, scratch.latent_smem.at[stage, half, part], come)
+                copy(rope_SR.at[keys], scratch.rope_smem.at[stage, half], come)
 
         last = first + i == all_steps - 1
 
         @pl.when(last)
         def _():
-            load(last_gmem.at[row], last_rope_gmem.at[row], 0)
+            load(*(x.at[row] for x in last_gmem), 0)
 
         @pl.when(jnp.logical_not(last))
         def _():
@@ -212,68 +239,65 @@ def _fetch(inputs, table_gmem, where, steps, plan, come, used, *, q_come, **scra
             load(latent_gmem.at[page], rope_gmem.at[page], step * KEYS)
 
 
-def _attend(warpgroup, steps, limits, plan, come, used, **scratch):
+def _attend(steps, where, plan: Plan, scratch: Scratch):
     """(mean [ROWS, C / 2], peak [ROWS], this warpgroup's total [ROWS]), float32 in registers."""
-    (first, count), (tile, length) = steps, limits
-    latent_smem, rope_smem = scratch["latent_smem"], scratch["rope_smem"]
-    q_smem, q_rope_smem = scratch["q_smem"], scratch["q_rope_smem"]
-    weight_smem, told_smem = scratch["weight_smem"], scratch["told_smem"]
+    (first, count), (tile, limit) = steps, where
+    warpgroup = jax.lax.axis_index("wg")
     per_row = plgpu.Layout.WGMMA.reduce(1)
-    spread = lambda x, width: jax.lax.broadcast_in_dim(x, (ROWS, width), (0,))  # noqa: E731
-    blank = lambda shape, value, layout: plgpu.layout_cast(  # noqa: E731
-        jnp.full(shape, value, jnp.float32), layout
-    )
-    width = latent_smem.shape[-1]
-
-    def meet(barrier):
-        plgpu.barrier_arrive(barrier)
-        plgpu.barrier_wait(barrier)
+    width = scratch.q_smem.shape[-1]
 
     def step(i, carry):
         mean, peak, total = carry
-        slot = jax.lax.rem(i, jnp.int32(STAGES))
-        plgpu.barrier_wait(come.at[slot])
-
-        def scores(acc_ref):
-            for part in range(2):
-                keys = latent_smem.at[slot, warpgroup, part]
-                plgpu.wgmma(acc_ref, q_smem.at[part], _compat.transposed(keys))
-            plgpu.wgmma(acc_ref, q_rope_smem, _compat.transposed(rope_smem.at[slot, warpgroup]))
-            return acc_ref[...]
-
-        logits = pl.run_scoped(scores, plgpu.ACC((ROWS, HALF), jnp.float32)) * plan.scale
+        stage = jax.lax.rem(i, jnp.int32(STAGES))
+        plgpu.barrier_wait(scratch.come.at[stage])
+        logits = _logits(stage, scratch) * plan.scale
         iota = functools.partial(
             plgpu.broadcasted_iota, jnp.int32, (ROWS, HALF), layout=plgpu.Layout.WGMMA
         )
         key = (first + i) * KEYS + warpgroup * HALF + iota(1)
         token = jax.lax.div(tile * ROWS + iota(0), jnp.int32(plan.heads))
-        logits = jnp.where(key < length - plan.queries + 1 + token, logits, -jnp.inf)
-        told_smem[warpgroup] = logits.max(axis=1)
-        plgpu.commit_smem()
-        meet(scratch["told"])
-        both = [_compat.load(told_smem.at[j], per_row) for j in range(2)]
-        higher = jnp.maximum(peak, jnp.maximum(*both))
-        weight = jnp.exp(logits - spread(higher, HALF))
+        logits = jnp.where(key < limit + token, logits, -jnp.inf)
+        higher = jnp.maximum(peak, jnp.maximum(*_told(logits.max(axis=1), scratch)))
+        weight = jnp.exp(logits - _spread(higher, HALF))
         shrink = jnp.exp(peak - higher)
-        weight_smem[warpgroup] = weight.astype(weight_smem.dtype)
+        scratch.weight_smem[warpgroup] = weight.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        meet(scratch["weighed"])
+        _meet(scratch.weighed)
 
         def sums(acc_ref):
             for half in range(2):
-                plgpu.wgmma(acc_ref, weight_smem.at[half], latent_smem.at[slot, half, warpgroup])
+                latent_SC = scratch.latent_smem.at[stage, half, warpgroup]
+                plgpu.wgmma(acc_ref, scratch.weight_smem.at[half], latent_SC)
 
-        mean = _summed(mean * spread(shrink, width), sums, simulated=plan.simulated)
-        plgpu.barrier_arrive(used.at[slot])
+        mean = _summed(mean * _spread(shrink, width), sums, simulated=plan.simulated)
+        plgpu.barrier_arrive(scratch.used.at[stage])
         return mean, higher, total * shrink + weight.sum(axis=1)
 
-    plgpu.barrier_wait(scratch["q_come"])
+    plgpu.barrier_wait(scratch.q_come)
+    blank = lambda shape, value, layout: plgpu.layout_cast(  # noqa: E731
+        jnp.full(shape, value, jnp.float32), layout
+    )
     start = (
         blank((ROWS, width), 0.0, plgpu.Layout.WGMMA),
         blank((ROWS,), LOWEST, per_row),
         blank((ROWS,), 0.0, per_row),
     )
     return jax.lax.fori_loop(0, count, step, start)
+
+
+def _logits(stage, scratch: Scratch) -> jax.Array:
+    """[ROWS, HALF] products of the queries with this warpgroup's half of the keys."""
+    warpgroup = jax.lax.axis_index("wg")
+
+    def products(acc_ref):
+        for part in range(2):
+            keys = scratch.latent_smem.at[stage, warpgroup, part]
+            plgpu.wgmma(acc_ref, scratch.q_smem.at[part], _compat.transposed(keys))
+        keys = scratch.rope_smem.at[stage, warpgroup]
+        plgpu.wgmma(acc_ref, scratch.q_rope_smem, _compat.transposed(keys))
+        return acc_ref[...]
+
+    return pl.run_scoped(products, plgpu.ACC((ROWS, HALF), jnp.float32))
 
 
 def _summed(start, sums, *, simulated: bool) -> jax.Array:
@@ -288,33 +312,45 @@ def _summed(start, sums, *, simulated: bool) -> jax.Array:
     return start + pl.run_scoped(alone, plgpu.ACC(start.shape, jnp.float32))
 
 
-def _store(warpgroup, found, out_gmem, lse_gmem, here, **scratch):
-    """Both totals added; this warpgroup's half of C through the queries' memory."""
-    mean, peak, total = found
-    q_smem, told_smem = scratch["q_smem"], scratch["told_smem"]
-    split, row, rows = here
-    per_row = plgpu.Layout.WGMMA.reduce(1)
-    width = q_smem.shape[-1]
-    told_smem[warpgroup] = total
+def _spread(x: jax.Array, width: int) -> jax.Array:
+    """[ROWS] → [ROWS, width]."""
+    return jax.lax.broadcast_in_dim(x, (ROWS, width), (0,))
+
+
+def _meet(barrier) -> None:
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def _told(own: jax.Array, scratch: Scratch) -> list[jax.Array]:
+    """Both warpgroups' [ROWS]. Before the next telling they must meet once more."""
+    scratch.told_smem[jax.lax.axis_index("wg")] = own
     plgpu.commit_smem()
-    plgpu.barrier_arrive(scratch["told"])  # and both are done with the queries
-    plgpu.barrier_wait(scratch["told"])
-    total = _compat.load(told_smem.at[0], per_row) + _compat.load(told_smem.at[1], per_row)
-    plgpu.barrier_arrive(scratch["weighed"])  # both have read before one writes again
-    plgpu.barrier_wait(scratch["weighed"])
-    divisor = jax.lax.broadcast_in_dim(jnp.where(total > 0, total, 1.0), mean.shape, (0,))
-    q_smem[warpgroup] = (mean / divisor).astype(q_smem.dtype)
+    _meet(scratch.told)
+    per_row = plgpu.Layout.WGMMA.reduce(1)
+    return [_compat.load(scratch.told_smem.at[i], per_row) for i in range(2)]
+
+
+def _store(found, out_gmem, lse_gmem, where, scratch: Scratch) -> None:
+    """Both totals added; this warpgroup's half of C through the queries' memory."""
+    (mean, peak, total), (split, row, rows) = found, where
+    warpgroup = jax.lax.axis_index("wg")
+    width = scratch.q_smem.shape[-1]
+    total = jnp.add(*_told(total, scratch))  # and both are done with the queries
+    _meet(scratch.weighed)
+    divisor = _spread(jnp.where(total > 0, total, 1.0), width)
+    scratch.q_smem[warpgroup] = (mean / divisor).astype(jnp.bfloat16)
 
     @pl.when(warpgroup == 0)
     def _():
-        told_smem[0] = peak + jnp.log(total)
+        scratch.told_smem[0] = peak + jnp.log(total)
 
     plgpu.commit_smem()
     columns = pl.ds(warpgroup * width, width)
-    plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], out_gmem.at[split, row, rows, columns])
+    plgpu.copy_smem_to_gmem(scratch.q_smem.at[warpgroup], out_gmem.at[split, row, rows, columns])
 
     @pl.when(warpgroup == 0)
     def _():
-        plgpu.copy_smem_to_gmem(told_smem.at[0], lse_gmem.at[split, row, rows])
+        plgpu.copy_smem_to_gmem(scratch.told_smem.at[0], lse_gmem.at[split, row, rows])
 
     plgpu.wait_smem_to_gmem(0)

@@ -10,84 +10,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import Backend, Unsupported, _compat, shapes
+from pallas_kernels import Backend, Unsupported, shapes
 from pallas_kernels.mla_decode import PagedLatents, merge, mla_decode, tpu
 from tests.kernels import chip_compiler
-from tests.kernels.conformance import BACKENDS, BFLOAT16_ERROR, FLOAT32_ERROR, TPU, XLA, error
+from tests.kernels.conformance import BACKENDS, FLOAT32_ERROR, TPU, XLA, error
+from tests.kernels.paged import (
+    LENGTHS,
+    PAGES,
+    ROWS,
+    SCALE,
+    SIZE,
+    cache_of,
+    check,
+    found,
+    queries_of,
+    table_of,
+)
 
-SCALE = 0.2
-
-
-def cache_of(pages, size, c, r, *, dtype="float32", seed=0):
-    """(cache, the same latents in float64), what an inference program would hold."""
-    rng = np.random.default_rng(seed)
-    latent = rng.normal(size=(pages, size, c)).astype(np.float32)
-    rope = jnp.asarray(
-        rng.normal(size=(pages, size, r)), "bfloat16" if dtype == "bfloat16" else "float32"
-    )
-    if dtype != "float8_e4m3fn":
-        latent = jnp.asarray(latent, dtype)
-        return PagedLatents(latent, rope), np.asarray(latent, np.float64)
-    scale = (np.abs(latent).max(-1) / 448).astype(np.float32)
-    latent = jnp.asarray(latent / scale[..., None], dtype)
-    exact = np.asarray(latent, np.float64) * scale[..., None]
-    return PagedLatents(latent, rope, jnp.asarray(scale)), exact
-
-
-def queries_of(b, t, h, c, r, *, dtype="float32", seed=1):
-    rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=(b, t, h, width)), dtype) for width in (c, r)]
-
-
-def true(queries, latents, rope, table, lengths):
-    """(out, lse) of every row and query token by itself, in float64."""
-    q_latent, q_rope, rope = (np.asarray(x, np.float64) for x in (*queries, rope))
-    out, lse = np.zeros(q_latent.shape), np.full(q_latent.shape[:3], -np.inf)
-    for b, t in np.ndindex(q_latent.shape[:2]):
-        n = lengths[b] - q_latent.shape[1] + 1 + t
-        if n > 0:
-            c, k = (x[table[b]].reshape(-1, x.shape[-1])[:n] for x in (latents, rope))
-            s = (q_latent[b, t] @ c.T + q_rope[b, t] @ k.T) * SCALE
-            peak = s.max(-1)
-            e = np.exp(s - peak[:, None])
-            out[b, t], lse[b, t] = e @ c / e.sum(-1, keepdims=True), peak + np.log(e.sum(-1))
-    return out, lse
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def found(queries, cache, table, lengths, splits, keys, backend):
-    kernel = functools.partial(mla_decode, splits=splits, keys=keys, implementation=backend)
-    return kernel(*queries, cache, table, lengths, scale=SCALE)
-
-
-def check(queries, made, table, lengths, *, splits=None, keys=None, backend):
-    cache, latents = made
-    table, lengths = (np.asarray(x, np.int32) for x in (table, lengths))
-    out, lse = found(queries, cache, table, lengths, splits, keys, backend)
-    want_out, want_lse = true(queries, latents, cache.rope_NSR, table, lengths)
-    seen = np.isfinite(want_lse)
-    assert out.dtype == queries[0].dtype
-    assert lse.dtype == jnp.float32
-    assert (np.isneginf(lse) == ~seen).all()
-    # In bfloat16 the weights are rounded before their product with the latents, then the result.
-    most = FLOAT32_ERROR if out.dtype == jnp.float32 else 2 * BFLOAT16_ERROR
-    assert error(out, want_out) < most
-    assert error(np.where(seen, lse, 0), np.where(seen, want_lse, 0)) < FLOAT32_ERROR
-    assert not np.asarray(out, np.float32)[~seen].any()
-
-
-# Rows, pages of a row, tokens of a page; then lengths: none, one, not a whole page, full.
-ROWS, PAGES, SIZE = 5, 6, 32
-LENGTHS = [0, 1, 75, 64, 192]
 everywhere = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def table_of(seed=0, distinct=True):
-    rng = np.random.default_rng(seed)
-    pages = ROWS * PAGES
-    return (rng.permutation(pages) if distinct else rng.integers(0, pages, pages)).reshape(
-        ROWS, PAGES
-    )
 
 
 @everywhere
@@ -164,7 +104,7 @@ def test_what_lies_behind_the_end_does_not_matter(dtype, backend):
         ]
     spoilt = jax.tree.map(jnp.asarray, spoilt)
     call = lambda cache, table: found(  # noqa: E731
-        queries, cache, table, np.asarray(LENGTHS), None, 64, backend
+        queries, cache, (table, np.asarray(LENGTHS)), (None, 64), backend
     )
     for got, want in zip(call(spoilt, entries), call(cache, table), strict=True):
         np.testing.assert_array_equal(got, want)
@@ -178,7 +118,7 @@ def test_a_length_beyond_the_table_is_the_table(backend):
         table_of(),
     )
     more, most = (
-        found(queries, cache, table, np.full(ROWS, n), None, 64, backend) for n in (999, 192)
+        found(queries, cache, (table, np.full(ROWS, n)), (None, 64), backend) for n in (999, 192)
     )
     for got, want in zip(more, most, strict=True):
         np.testing.assert_array_equal(got, want)
@@ -191,10 +131,10 @@ def test_verification_is_decoding_token_by_token():
         table_of(),
     )
     lengths = np.asarray([4, 9, 75, 64, 192])
-    whole = found(queries, cache, table, lengths, None, None, XLA)
+    whole = found(queries, cache, (table, lengths), (None, None), XLA)
     for t in range(4):
         one = [q[:, t : t + 1] for q in queries]
-        alone = found(one, cache, table, lengths - 3 + t, None, None, XLA)
+        alone = found(one, cache, (table, lengths - 3 + t), (None, None), XLA)
         for a, b in zip(alone, whole, strict=True):
             np.testing.assert_allclose(a[:, 0], b[:, t], rtol=1e-5, atol=1e-6)
 
@@ -208,7 +148,7 @@ def test_huge_and_infinite_logits():
     )
     queries[0] = queries[0].at[2].multiply(1e30).at[3, 0, 1, 0].set(np.nan)
     for backend in (XLA, TPU):
-        out, lse = found(queries, cache, table, np.asarray(LENGTHS), None, 64, backend)
+        out, lse = found(queries, cache, (table, np.asarray(LENGTHS)), (None, 64), backend)
         nan = np.zeros((ROWS, 1, 4), bool)
         nan[3, 0, 1] = True
         assert (np.isnan(out).all(-1) == nan).all()
@@ -345,71 +285,3 @@ def test_the_chips_compiler_takes_it(name, page, dtype, chip, capsys):
         print(f"\nmla_decode {name} {dtype} {chip}: {report}")  # noqa: T201
     assert report.kernels == 1
     assert report.temporaries < pages * page * c / 8  # the cache is not copied
-
-
-HOPPER = Backend("gpu", chip="h100")
-
-
-def hopper(size, h, r=64, c=512, dtype="bfloat16"):
-    """The call's abstract arguments."""
-    of = jax.ShapeDtypeStruct
-    cache = PagedLatents(of((6, size, c), dtype), of((6, size, r), "bfloat16"))
-    queries = (of((2, 2, h, width), "bfloat16") for width in (c, r))
-    return *queries, cache, of((2, 3), "int32"), of((2,), "int32")
-
-
-@pytest.mark.parametrize(("size", "heads"), [(128, 128)])
-def test_the_hopper_kernel_lowers_for_cuda(size, heads):
-    call = jax.jit(functools.partial(mla_decode, scale=SCALE, implementation=HOPPER))
-    lowered = call.trace(*hopper(size, heads)).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (hopper(48, 4), r"a multiple of 64 tokens.*\[6, 48, 512\]"),
-        (hopper(64, 4, c=576), r"C a multiple of 128.*\[6, 64, 576\]"),
-        (hopper(64, 4, r=48), r"R 64 or 128.*\[6, 64, 48\]"),
-        (hopper(64, 4, dtype="float32"), "bfloat16 queries and pages.*float32"),
-    ],
-)
-def test_what_the_hopper_kernel_cannot_is_unsupported(arguments, message):
-    with pytest.raises(Unsupported, match=message):
-        jax.eval_shape(
-            functools.partial(mla_decode, scale=SCALE, implementation=HOPPER), *arguments
-        )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("queries", "lengths", "size", "splits"),
-    [(2, [1, 75], 64, 1), (1, [0, 192, 130], 128, 2), (8, [64, 256], 128, 3)],
-)
-def test_the_hopper_kernel_simulated(queries, lengths, size, splits):
-    """Barriers, copies and products on CPU; twice as many heads as one block takes in the last."""
-    if _compat.gpu_interpret_params() is None:
-        pytest.skip("this JAX simulates no GPU")
-    heads = 12 if queries == 8 else 4
-    pages = -(-256 // size) if queries == 8 else 3
-    table = table_of()[: len(lengths), :pages]
-    check(
-        queries_of(len(lengths), queries, heads, 128, 64, dtype="bfloat16"),
-        cache_of(ROWS * PAGES, size, 128, 64, dtype="bfloat16"),
-        table,
-        lengths,
-        splits=splits,
-        backend=Backend("gpu", chip="h100", interpret=True),
-    )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["v3-4k", "v3-4k-verify"])
-def test_the_hopper_kernel_on_a_gpu(name):
-    """V3's heads and widths on eight rows."""
-    _, t, h, length, c, r = shapes.MLA_DECODE[name]
-    table = np.arange(8 * length // 64).reshape(8, -1)
-    lengths = np.linspace(1, length, 8).astype(int)
-    made = cache_of(table.size, 64, c, r, dtype="bfloat16")
-    queries = queries_of(8, t, h, c, r, dtype="bfloat16")
-    check(queries, made, table, lengths, backend=HOPPER)
