@@ -59,8 +59,7 @@ def mla_decode(
         Unsupported: an implementation that was asked for and cannot.
     """
     _check(q_latent_BTHC, q_rope_BTHR, cache, page_table_BP, lengths_B)
-    if not math.isfinite(scale) or min(splits or 1, keys or 1) < 1:
-        raise ValueError(f"{scale=} must be finite, {splits=} and {keys=} positive or None")
+    _check_numbers(scale, splits, keys)
     pages, size = cache.latent_NSC.shape[:2]
     query = ref.Query(
         q_latent_BTHC,
@@ -69,15 +68,18 @@ def mla_decode(
         jnp.clip(lengths_B.astype(jnp.int32), 0, page_table_BP.shape[1] * size),
     )
 
-    def call(backend):
-        with jax.named_scope("mla_decode"):
-            out, lse = BACKENDS[backend.name].decode(
-                query, cache, scale=scale, splits=splits, keys=keys, backend=backend
-            )
-            return ref.merge(out, lse) if len(out) > 1 else (out[0], lse[0])
+    wanted = dict(scale=scale, splits=splits, keys=keys)
+    with jax.named_scope("mla_decode"):
+        call = lambda backend: BACKENDS[backend.name].decode(  # noqa: E731
+            query, cache, **wanted, backend=backend
+        )
+        out, lse = run(implementation, call)
+        return ref.merge(out, lse) if len(out) > 1 else (out[0], lse[0])
 
-    out, lse = run(implementation, call)
-    return out.astype(q_latent_BTHC.dtype), lse
+
+def _check_numbers(scale, splits, keys) -> None:
+    if not math.isfinite(scale) or any(x is not None and x < 1 for x in (splits, keys)):
+        raise ValueError(f"{scale=} must be finite, {splits=} and {keys=} positive or None")
 
 
 def _check(q_latent, q_rope, cache, table, lengths) -> None:

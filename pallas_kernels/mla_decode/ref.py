@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Backend
 
+LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: the difference of two such is not NaN
+
 
 class PagedLatents(NamedTuple):
     """What MLA caches, in pages that any row may point to: C + R = 576 values a token in V3.
@@ -86,7 +88,7 @@ def merge(out_KBTHC: jax.Array, lse_KBTH: jax.Array) -> tuple[jax.Array, jax.Arr
     Returns:
         (out, lse) without K; out in its dtype, zero where no set had a key.
     """
-    peak = jnp.maximum(lse_KBTH.max(0), float(jnp.finfo(jnp.float32).min))
+    peak = jnp.maximum(lse_KBTH.max(0), LOWEST)
     weight_KBTH = jnp.exp(lse_KBTH - peak)
     total = weight_KBTH.sum(0)
     share_KBTH = weight_KBTH / jnp.where(total > 0, total, 1.0)
@@ -95,7 +97,7 @@ def merge(out_KBTHC: jax.Array, lse_KBTH: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def _attend(logits_BTHS: jax.Array, latent_BSC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    peak = jnp.maximum(logits_BTHS.max(-1, initial=-jnp.inf), float(jnp.finfo(jnp.float32).min))
+    peak = jnp.maximum(logits_BTHS.max(-1, initial=-jnp.inf), LOWEST)
     weight = jnp.exp(logits_BTHS - peak[..., None])
     total = weight.sum(-1)
     mean = jnp.einsum(

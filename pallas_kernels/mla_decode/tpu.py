@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tuning
+from pallas_kernels import mosaic, tuning
 from pallas_kernels.dispatch import Backend, Unsupported
-from pallas_kernels.mla_decode.ref import PagedLatents, Query
+from pallas_kernels.mla_decode.ref import LOWEST, PagedLatents, Query
 
 LANES = 128
 KEYS = 512  # of a block
 MOST_TABLE = 2**19  # bytes; scalar memory has 2^20
-LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: the difference of two such is not NaN
 
 
 class Plan(NamedTuple):
@@ -75,18 +74,12 @@ def decode(
     keys: int | None,
     backend: Backend,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `ref.decode`; one stretch unless more are asked for: a core has nothing to gain by them."""
+    """As `ref.decode`; one stretch unless more are asked for: a core gains nothing by them."""
     b, t, h, c = query.latent_BTHC.shape
     n, page = cache.latent_NSC.shape[:2]
     r = cache.rope_NSR.shape[2]
     plan = _plan(query, cache, (scale, splits or 1, keys), backend)
     rows = t * h
-    need = vmem_bytes(plan, query, cache)
-    if need > backend.device.on_chip:
-        raise Unsupported(
-            f"mla_decode on {backend.chip} needs {need} bytes of VMEM for queries "
-            f"{list(query.latent_BTHC.shape)} and has {backend.device.on_chip}; use 'xla'"
-        )
     row = lambda width: pl.BlockSpec((1, rows, width), lambda i, k, *_: (i, 0, 0))  # noqa: E731
     part = lambda width: pl.BlockSpec(  # noqa: E731
         (1, 1, rows, width), lambda i, k, *_: (k, i, 0, 0)
@@ -114,9 +107,8 @@ def decode(
                 pltpu.SemaphoreType.DMA((2, 2)),
             ],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"),
-            vmem_limit_bytes=min(max(2 * need, 32 * 2**20), backend.device.on_chip * 7 // 8),
+        compiler_params=mosaic.params(
+            ("arbitrary", "arbitrary"), vmem_bytes(plan, query, cache), backend
         ),
         interpret=backend.interpret,
     )(
@@ -190,18 +182,13 @@ def _kernel(lengths_smem, table_smem, *refs, plan: Plan):
     next_row, next_split = jnp.where(wraps, row + 1, row), jnp.where(wraps, 0, split + 1)
     there = next_row < pl.num_programs(0)
     next_row = jnp.where(there, next_row, row)
-    fetch = functools.partial(
-        _copy,
-        (lengths_smem, table_smem),
-        ((latent_hbm, latent_vmem), (rope_hbm, rope_vmem)),
-        sems,
-        plan,
-    )
+    pairs = (latent_hbm, latent_vmem), (rope_hbm, rope_vmem)
+    fetch = functools.partial(_copy, (lengths_smem, table_smem, sems, *pairs), plan)
 
     @pl.when((row == 0) & (split == 0))
     def _():
         slot_smem[0] = 0
-        fetch(row, first, 0, start=True)
+        fetch((row, first), 0, start=True)
 
     peak_vmem[...] = jnp.full_like(peak_vmem, LOWEST)
     total_vmem[...] = jnp.zeros_like(total_vmem)
@@ -210,14 +197,14 @@ def _kernel(lengths_smem, table_smem, *refs, plan: Plan):
     def body(i, slot):
         @pl.when(i + 1 < count)
         def _():
-            fetch(row, first + i + 1, 1 - slot, start=True)
+            fetch((row, first + i + 1), 1 - slot, start=True)
 
         @pl.when((i + 1 == count) & there)
         def _():
             next_first, _ = here(lengths_smem[next_row], next_split)
-            fetch(next_row, next_first, 1 - slot, start=True)
+            fetch((next_row, next_first), 1 - slot, start=True)
 
-        fetch(row, first + i, slot, start=False)
+        fetch((row, first + i), slot, start=False)
         scale_1S = _row_of(scale_refs[0], first + i) if scale_refs else None
         _absorb(
             (q_ref[0], q_rope_ref[0]),
@@ -240,9 +227,10 @@ def _row_of(scale_ref, block):
     return scale_ref[0, jnp.minimum(block, scale_ref.shape[1] - 1)]
 
 
-def _copy(prefetched, pairs, sems, plan: Plan, row, block, slot, *, start: bool) -> None:
-    """Starts, or waits for, the copies of the pages of a block that the row reaches."""
-    lengths_smem, table_smem = prefetched
+def _copy(refs, plan: Plan, which, slot, *, start: bool) -> None:
+    """Starts, or waits for, the copies of the pages of a row's block that the row reaches."""
+    lengths_smem, table_smem, sems, *pairs = refs
+    row, block = which
     length = lengths_smem[row]
     for i in range(plan.pages):
         at = block * plan.pages + i

@@ -185,17 +185,9 @@ def _add_product(hidden_ref, head_ref, logits_vmem) -> None:
     )
 
 
-def _forward_kernel(
-    hidden_ref,
-    head_ref,
-    target_ref,
-    temperature_ref,
-    packed_ref,
-    logits_vmem,
-    *running_vmem,
-    n,
-    steps,
-):
+def _forward_kernel(*refs, n, steps):
+    hidden_ref, head_ref, target_ref, temperature_ref, packed_ref, logits_vmem = refs[:6]
+    running_vmem = refs[6:]
     column, depth = pl.program_id(1), pl.program_id(2)
     last = depth == steps - 1
 
@@ -246,16 +238,9 @@ def _slope(arrays, *, backend: Backend, tiles: Tiles) -> jax.Array:
     )(*arrays)
 
 
-def _slope_kernel(
-    hidden_ref,
-    head_ref,
-    target_ref,
-    given_ref,
-    temperature_ref,
-    *rest,
-    steps,
-):
-    where_ref, slope_ref, logits_vmem = rest
+def _slope_kernel(*refs, steps):
+    hidden_ref, head_ref, target_ref, given_ref, temperature_ref = refs[:5]
+    where_ref, slope_ref, logits_vmem = refs[5:]
     first = pl.program_id(1) * slope_ref.shape[1]
     _add_product(hidden_ref, head_ref, logits_vmem)
 

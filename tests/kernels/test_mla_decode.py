@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged latent attention: every backend against numpy in float64 over lengths, pages and queries."""
+"""Paged latent attention: every backend against numpy in float64; lengths, pages, queries."""
 
 import functools
 
@@ -13,82 +13,21 @@ from hypothesis import strategies as st
 from pallas_kernels import Backend, Unsupported, shapes
 from pallas_kernels.mla_decode import PagedLatents, merge, mla_decode, tpu
 from tests.kernels import chip_compiler
-from tests.kernels.conformance import BACKENDS, BFLOAT16_ERROR, FLOAT32_ERROR, TPU, XLA, error
+from tests.kernels.conformance import BACKENDS, FLOAT32_ERROR, TPU, XLA, error
+from tests.kernels.paged import (
+    LENGTHS,
+    PAGES,
+    ROWS,
+    SCALE,
+    SIZE,
+    cache_of,
+    check,
+    found,
+    queries_of,
+    table_of,
+)
 
-SCALE = 0.2
-
-
-def cache_of(pages, size, c, r, *, dtype="float32", seed=0):
-    """(cache, the same latents in float64), what an inference program would hold."""
-    rng = np.random.default_rng(seed)
-    latent = rng.normal(size=(pages, size, c)).astype(np.float32)
-    rope = jnp.asarray(
-        rng.normal(size=(pages, size, r)), "bfloat16" if dtype == "bfloat16" else "float32"
-    )
-    if dtype != "float8_e4m3fn":
-        latent = jnp.asarray(latent, dtype)
-        return PagedLatents(latent, rope), np.asarray(latent, np.float64)
-    scale = (np.abs(latent).max(-1) / 448).astype(np.float32)
-    latent = jnp.asarray(latent / scale[..., None], dtype)
-    exact = np.asarray(latent, np.float64) * scale[..., None]
-    return PagedLatents(latent, rope, jnp.asarray(scale)), exact
-
-
-def queries_of(b, t, h, c, r, *, dtype="float32", seed=1):
-    rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.normal(size=(b, t, h, width)), dtype) for width in (c, r)]
-
-
-def true(queries, latents, rope, table, lengths):
-    """(out, lse) of every row and query token by itself, in float64."""
-    q_latent, q_rope, rope = (np.asarray(x, np.float64) for x in (*queries, rope))
-    out, lse = np.zeros(q_latent.shape), np.full(q_latent.shape[:3], -np.inf)
-    for b, t in np.ndindex(q_latent.shape[:2]):
-        n = lengths[b] - q_latent.shape[1] + 1 + t
-        if n > 0:
-            c, k = (x[table[b]].reshape(-1, x.shape[-1])[:n] for x in (latents, rope))
-            s = (q_latent[b, t] @ c.T + q_rope[b, t] @ k.T) * SCALE
-            peak = s.max(-1)
-            e = np.exp(s - peak[:, None])
-            out[b, t], lse[b, t] = e @ c / e.sum(-1, keepdims=True), peak + np.log(e.sum(-1))
-    return out, lse
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def found(queries, cache, table, lengths, splits, keys, backend):
-    return mla_decode(
-        *queries, cache, table, lengths, scale=SCALE, splits=splits, keys=keys, implementation=backend
-    )  # fmt: skip
-
-
-def check(queries, made, table, lengths, *, splits=None, keys=None, backend):
-    cache, latents = made
-    table, lengths = (np.asarray(x, np.int32) for x in (table, lengths))
-    out, lse = found(queries, cache, table, lengths, splits, keys, backend)
-    want_out, want_lse = true(queries, latents, cache.rope_NSR, table, lengths)
-    seen = np.isfinite(want_lse)
-    assert out.dtype == queries[0].dtype
-    assert lse.dtype == jnp.float32
-    assert (np.isneginf(lse) == ~seen).all()
-    # In bfloat16 the weights are rounded before their product with the latents, then the result.
-    most = FLOAT32_ERROR if out.dtype == jnp.float32 else 2 * BFLOAT16_ERROR
-    assert error(out, want_out) < most
-    assert error(np.where(seen, lse, 0), np.where(seen, want_lse, 0)) < FLOAT32_ERROR
-    assert not np.asarray(out, np.float32)[~seen].any()
-
-
-# Rows, pages of a row, tokens of a page; then lengths: none, one, not a whole page, full.
-ROWS, PAGES, SIZE = 5, 6, 32
-LENGTHS = [0, 1, 75, 64, 192]
 everywhere = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def table_of(seed=0, distinct=True):
-    rng = np.random.default_rng(seed)
-    pages = ROWS * PAGES
-    return (rng.permutation(pages) if distinct else rng.integers(0, pages, pages)).reshape(
-        ROWS, PAGES
-    )
 
 
 @everywhere
@@ -165,7 +104,7 @@ def test_what_lies_behind_the_end_does_not_matter(dtype, backend):
         ]
     spoilt = jax.tree.map(jnp.asarray, spoilt)
     call = lambda cache, table: found(  # noqa: E731
-        queries, cache, table, np.asarray(LENGTHS), None, 64, backend
+        queries, cache, (table, np.asarray(LENGTHS)), (None, 64), backend
     )
     for got, want in zip(call(spoilt, entries), call(cache, table), strict=True):
         np.testing.assert_array_equal(got, want)
@@ -179,7 +118,7 @@ def test_a_length_beyond_the_table_is_the_table(backend):
         table_of(),
     )
     more, most = (
-        found(queries, cache, table, np.full(ROWS, n), None, 64, backend) for n in (999, 192)
+        found(queries, cache, (table, np.full(ROWS, n)), (None, 64), backend) for n in (999, 192)
     )
     for got, want in zip(more, most, strict=True):
         np.testing.assert_array_equal(got, want)
@@ -192,10 +131,10 @@ def test_verification_is_decoding_token_by_token():
         table_of(),
     )
     lengths = np.asarray([4, 9, 75, 64, 192])
-    whole = found(queries, cache, table, lengths, None, None, XLA)
+    whole = found(queries, cache, (table, lengths), (None, None), XLA)
     for t in range(4):
         one = [q[:, t : t + 1] for q in queries]
-        alone = found(one, cache, table, lengths - 3 + t, None, None, XLA)
+        alone = found(one, cache, (table, lengths - 3 + t), (None, None), XLA)
         for a, b in zip(alone, whole, strict=True):
             np.testing.assert_allclose(a[:, 0], b[:, t], rtol=1e-5, atol=1e-6)
 
@@ -209,7 +148,7 @@ def test_huge_and_infinite_logits():
     )
     queries[0] = queries[0].at[2].multiply(1e30).at[3, 0, 1, 0].set(np.nan)
     for backend in (XLA, TPU):
-        out, lse = found(queries, cache, table, np.asarray(LENGTHS), None, 64, backend)
+        out, lse = found(queries, cache, (table, np.asarray(LENGTHS)), (None, 64), backend)
         nan = np.zeros((ROWS, 1, 4), bool)
         nan[3, 0, 1] = True
         assert (np.isnan(out).all(-1) == nan).all()
@@ -259,12 +198,11 @@ def test_the_gradient_of_the_reference_is_that_of_attention():
             q_latent, q_rope, PagedLatents(latent, rope), table, lengths, scale=SCALE
         )[0]
 
-    got, want = (
-        jax.jit(jax.grad(lambda *x: jnp.sin(f(*x)).sum(), argnums=(0, 1, 2, 3)))(
-            *queries, *cache[:2]
-        )
-        for f in (paged, dense)
-    )
+    def gradient(f):
+        loss = lambda *x: jnp.sin(f(*x)).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*queries, *cache[:2])
+
+    got, want = gradient(paged), gradient(dense)
     for a, b in zip(got, want, strict=True):
         assert error(a, b) < FLOAT32_ERROR
 
@@ -344,6 +282,6 @@ def test_the_chips_compiler_takes_it(name, page, dtype, chip, capsys):
         chip,
     )
     with capsys.disabled():
-        print(f"\nmla_decode {name} {dtype} {chip}: {report}")
+        print(f"\nmla_decode {name} {dtype} {chip}: {report}")  # noqa: T201
     assert report.kernels == 1
     assert report.temporaries < pages * page * c / 8  # the cache is not copied

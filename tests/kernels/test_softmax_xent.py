@@ -34,9 +34,10 @@ def arguments(t, d, n, dtype="float32", seed=0):
     return hidden, head, targets, *rng.normal(size=(2, t)).astype(np.float32)
 
 
-def true(hidden, head, targets, g, h, temperature):
+def true(hidden, head, targets, given, temperature):
     """(log P, H, ∂hidden, ∂head, ∂temperature) in float64, from the whole [T, N] softmax."""
     hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
+    g, h = given
     s = hidden @ head / temperature
     peak = s.max(1, keepdims=True)
     logp = s - peak - np.log(np.exp(s - peak).sum(1, keepdims=True))
@@ -66,7 +67,7 @@ def check(t, d, n, tile, *, backend, dtype="float32", temperature=0.7, seed=0):
     # Sums are float32 of exact products; slopes and gradients are rounded to the inputs' dtype.
     rounded = FLOAT32_ERROR if dtype == "float32" else 2 * BFLOAT16_ERROR
     for x, y, most in zip(
-        got, true(*arrays, g, h, temperature), (FLOAT32_ERROR,) * 2 + (rounded,) * 3, strict=True
+        got, true(*arrays, (g, h), temperature), (FLOAT32_ERROR,) * 2 + (rounded,) * 3, strict=True
     ):
         # With one token Σ ∂s · s may cancel to nothing: the error of its terms is what counts.
         assert error(x, y) < most or np.abs(x - y).max() < most
@@ -260,7 +261,7 @@ def test_the_chips_compiler_takes_it(name, chip, capsys):
     for f in (call, functools.partial(with_gradients, call)):
         report = chip_compiler.compiled(f, arguments, chip)
         with capsys.disabled():
-            print(f"\nsoftmax_xent {name} {chip}: {report}")
+            print(f"\nsoftmax_xent {name} {chip}: {report}")  # noqa: T201
         assert report.kernels >= 1
         assert max(report.vmem_limits) * MIB <= backend.device.on_chip
         if (name, chip) != ("v3", "tpu7x"):  # there the compiler lays the head out anew
