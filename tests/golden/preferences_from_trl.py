@@ -37,9 +37,9 @@ ACCELERATOR = types.SimpleNamespace(
 )
 
 
-def draw() -> dict[str, np.ndarray]:
+def draw(seed: int = 0) -> dict[str, np.ndarray]:
     """Log-probs of PAIRS preferred and then PAIRS other answers, and scores and margins."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     logp = -rng.exponential(1, (2 * PAIRS, LENGTH))
     return {
         "logp": logp,
