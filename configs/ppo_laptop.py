@@ -3,7 +3,7 @@
 
 Command:   r1jax quickstart && r1jax train --config=configs/ppo_laptop.py
 Hardware:  2 CPU cores
-Expected:  see experiments/log/014_grpo_ppo_dpo.md
+Expected:  see experiments/log/014_trainers.md
 """
 
 from r1jax.config import laptop, to_config_dict

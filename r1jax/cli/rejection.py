@@ -19,6 +19,7 @@ Makes training data of a model's own right answers, as DeepSeek-R1 does between 
 RL stages: samples answers to questions, verifies each, filters, balances, and writes
 
   traces.jsonl     the chosen answers as conversations (messages), ready for SFT
+  pairs.jsonl      each beside a wrong answer to the same question, ready for DPO
   statistics.json  what became of every question and every sample
   samples/         everything that was drawn and judged
 

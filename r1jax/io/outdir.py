@@ -8,7 +8,7 @@
 
 and of rejection sampling:
 
-    samples/  traces.jsonl
+    samples/  traces.jsonl  pairs.jsonl
     statistics.json  written last
 
 The same command resumes; another config, or a folder that is not ours, is refused; nothing is
@@ -27,6 +27,7 @@ from r1jax.io.same_config import check_config
 MARKER = "run.json"
 SUMMARY = "summary.json"
 SAMPLES, TRACES, STATISTICS = "samples", "traces.jsonl", "statistics.json"
+PAIRS = "pairs.jsonl"
 # All that a run leaves in its folder, and all that `force` deletes.
 ARTEFACTS = (
     MARKER,
@@ -38,6 +39,7 @@ ARTEFACTS = (
     "traces",
     SAMPLES,
     TRACES,
+    PAIRS,
     STATISTICS,
     "report.html",
     "curves.png",

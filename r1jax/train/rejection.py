@@ -4,6 +4,7 @@
     run.json         whose folder this is
     samples/         what was drawn and judged, a file a batch: a killed run goes on behind the last
     traces.jsonl     the chosen traces, as conversations to train on
+    pairs.jsonl      each with a wrong answer to the same question, where there is one: for DPO
     statistics.json  written last: what became of every question and every sample
 
 A batch is a pure function of the settings and its number, so a run that was killed and goes on
@@ -138,9 +139,30 @@ def run(model: Model, items: Sequence[Item], how: Run, *, asked: Mapping[str, An
     chosen = choose(rows, items, how.choice, how.evaluation)
     traces = [_trace(items[rows[i]["item"]], rows[i]) for i in np.flatnonzero(chosen.keep)]
     jsonl.write(how.out / outdir.TRACES, traces)
-    statistics = {"questions": dict(asked), **chosen.statistics, "versions": versions()}
+    pairs = [_pair(items[rows[i]["item"]], rows[i], rows[j]) for i, j in paired(rows, chosen.keep)]
+    jsonl.write(how.out / outdir.PAIRS, pairs)
+    statistics = {
+        "questions": dict(asked),
+        **chosen.statistics,
+        "pairs": len(pairs),
+        "versions": versions(),
+    }
     outdir.write_json(how.out / outdir.STATISTICS, statistics)
     return statistics
+
+
+def paired(rows: Sequence[Mapping[str, Any]], keep: np.ndarray) -> list[tuple[int, int]]:
+    """Places (kept, wrong) of two answers to one question; no text is used twice for it.
+
+    A wrong answer that was cut off or has no text is left out: what it lacks is its end.
+    """
+    wrong: dict[int, dict[str, int]] = {}
+    for place, row in enumerate(rows):
+        if row["reward"] < 1 and row["ended"] and row["text"].strip():
+            wrong.setdefault(row["item"], {}).setdefault(row["text"], place)
+    left = {item: list(texts.values())[::-1] for item, texts in wrong.items()}
+    kept = np.flatnonzero(keep).tolist()
+    return [(i, left[rows[i]["item"]].pop()) for i in kept if left.get(rows[i]["item"])]
 
 
 def plan(lengths: Sequence[int], drawing: Drawing) -> list[Batch]:
@@ -307,4 +329,15 @@ def _trace(item: Item, row: Mapping[str, Any]) -> dict[str, Any]:
         "answer": item.reference,
         "reward": row["reward"],
         "tokens": row["tokens"],
+    }
+
+
+def _pair(item: Item, better: Mapping[str, Any], worse: Mapping[str, Any]) -> dict[str, Any]:
+    """Two samples as a preference to train on."""
+    return {
+        "prompt": [dataclasses.asdict(turn) for turn in item.messages],
+        "chosen": better["text"],
+        "rejected": worse["text"],
+        "source": item.source,
+        "identity": item.identity,
     }

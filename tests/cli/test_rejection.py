@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from r1jax.cli import main
-from r1jax.data.datasets import conversations
+from r1jax.data.datasets import conversations, preferences
 from r1jax.data.text import TextTokenizer
 from r1jax.data.tokenizer import task_tokenizer
 from r1jax.io.model import Model, export_model
@@ -75,6 +75,9 @@ def test_from_questions_to_traces_and_on(folder, data, tmp_path, capsys):
         asked, said_ = trace["messages"]
         assert said_["content"].split()[-1] == answers[asked["content"]] == trace["answer"]
     assert len(conversations(out / "traces.jsonl").items) == len(traces)
+    pairs = preferences(out / "pairs.jsonl").items
+    assert {p.prompt[0].content for p in pairs} <= set(ASKED[:2])
+    assert all(p.chosen.split()[-1:] != p.rejected.split()[-1:] for p in pairs)
     # Finished: nothing is done again, and the same is said.
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     again, err = said(capsys, *command, "--json")

@@ -21,7 +21,7 @@ from r1jax.io.model import Model
 from r1jax.rl.rejection import ngrams_of
 from r1jax.train.asking import Room, Wording, items_of, task_items
 from r1jax.train.progress import Silent
-from r1jax.train.rejection import Drawing, Item, Run, fingerprint, plan, run
+from r1jax.train.rejection import Drawing, Item, Run, fingerprint, paired, plan, run
 from r1jax.train.selection import Choice, choose, prose_of
 from r1jax.train.start import state_of
 from tests.nn import tiny
@@ -125,6 +125,27 @@ def test_what_is_kept_is_right_ended_distinct_and_capped(whole):
     assert statistics == json.loads((out / "statistics.json").read_text())
     learnt = conversations(out / "traces.jsonl").items
     assert [c.messages[0].content for c in learnt] == [t["messages"][0]["content"] for t in traces]
+
+
+def test_kept_answers_are_paired_with_wrong_ones_of_their_question():
+    """Each text once; cut off, empty and repeated wrong answers make no pair."""
+    sample = {"item": 0, "text": "a", "ended": True, "reward": 0.0}
+    rows = [
+        sample | {"reward": 1.0},
+        sample | {"text": "b"},
+        sample | {"text": "b"},
+        sample | {"text": "c", "ended": False},
+        sample | {"text": " "},
+        sample | {"text": "d"},
+        sample | {"text": "e", "reward": 1.0},
+        sample | {"text": "f", "reward": 1.0},
+        sample | {"item": 1, "reward": 1.0},
+        sample | {"item": 2, "text": "g"},
+    ]
+    keep = np.array([row["reward"] == 1 for row in rows])
+    assert paired(rows, keep) == [(0, 1), (6, 5)]
+    keep[0] = False
+    assert paired(rows, keep) == [(6, 1), (7, 5)]
 
 
 def test_samples_differ_and_are_the_seeds_own(whole, tmp_path):
