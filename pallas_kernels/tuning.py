@@ -35,6 +35,7 @@ def _table(chip: str, folder: Path) -> dict[str, dict[str, Tiles]]:
 def write(chip: str, op: str, dims: Mapping[str, int], tiles: Tiles) -> Path:
     """Puts one measured choice into the chip's table; the others stay."""
     path = TABLES / f"{chip}.json"
+    path.parent.mkdir(exist_ok=True)
     entries = json.loads(path.read_text()) if path.exists() else {}
     entries.setdefault(op, {})[key(dims)] = list(tiles)
     path.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")

@@ -90,7 +90,7 @@ def quantize_both(
     """(`quantize_tiles`, `quantize_transposed`) of one reading of x: gradients need both."""
     _check(x_MK, block, 1)
     return _run(
-        lambda b, x, n: _module(b).both(x, n, block=block, power_of_two=power_of_two, backend=b),
+        lambda b, x, n: _both(b, x, n, block=block, power_of_two=power_of_two),
         implementation,
         (x_MK, rows),
     )
@@ -120,6 +120,15 @@ def quantize_blocks(
         return Scaled(out.values.reshape(w_KN.shape), out.scale.reshape(*lead, k // block, -1))
 
     return _run(call, implementation, (w_KN.reshape(-1, n),))
+
+
+def _both(backend, x_MK, rows, **options):
+    """One pass on a TPU; elsewhere two."""
+    module = _module(backend)
+    if backend.name == "tpu":
+        return module.both(x_MK, rows, backend=backend, **options)
+    of = lambda way: way(x_MK, rows, backend=backend, **options)  # noqa: E731
+    return of(module.tiles), of(module.transposed)
 
 
 def _module(backend: Backend) -> Any:

@@ -36,14 +36,6 @@ def transposed(
     return _tiles(x_KM, k, block, power_of_two, backend=backend)
 
 
-def both(
-    x_MK: jax.Array, rows: jax.Array | None, *, block: int, power_of_two: bool, backend: Backend
-) -> tuple[Scaled, Scaled]:
-    """(`tiles`, `transposed`)."""
-    options = dict(block=block, power_of_two=power_of_two, backend=backend)
-    return tiles(x_MK, rows, **options), transposed(x_MK, rows, **options)
-
-
 def blocks(w_KN: jax.Array, *, block: int, power_of_two: bool, backend: Backend) -> Scaled:
     """[K, N] in blocks."""
     return Scaled(
