@@ -19,7 +19,7 @@ from r1jax.parallel.hlo import parse
 from r1jax.parallel.topology import Chip, Topology
 from r1jax.train import plan_search
 from r1jax.train.failure import StageFailed
-from r1jax.train.plan import Plan, mesh_for, plan
+from r1jax.train.plan import Plan, compiled, mesh_for, plan
 from r1jax.train.plan_report import report, verdict
 from tests.nn import tiny
 
@@ -109,6 +109,30 @@ def test_what_does_not_fit_is_said_in_one_line(trained):
         assert word in verdict(small, dataclasses.replace(CFG, **change))
     tight = trained._replace(topology=EIGHT._replace(chip=CHIP._replace(hbm=1e3)))
     assert "arguments alone" in verdict(tight, CFG)
+
+
+class Short:
+    """A lowered program that the compiler finds too large, in one of its wordings."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.said)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (108.00G) exceeds available HBM (95.73G). HLO module: jit_f.",
+        "Ran out of memory in memory space hbm. Used 108.00G of 95.74G hbm. Exceeded hbm capacity",
+    ],
+)
+def test_what_the_compiler_says_of_a_program_too_large(said):
+    assert compiled(Short(said)) == (None, 108 * 2**30)
+    with pytest.raises(StageFailed, match="INTERNAL: RET_CHECK"):
+        compiled(Short("INTERNAL: RET_CHECK failure"))
 
 
 def test_decoding_holds_caches_and_no_moments():
