@@ -18,8 +18,8 @@ from r1jax.train import jobs
 from r1jax.train.failure import StageFailed
 
 _GIB = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
-# Two wordings of the compiler's. Whatever the first one says, its number holds the arguments too: a
-# program that needs 48 GiB of temporaries beside 60 of arguments is said to need 108 of temporaries.
+# Two wordings of the compiler's. Whatever the first says, its number holds the arguments too: of 48
+# GiB of temporaries beside 60 of arguments it says that the temporaries need 108.
 _SHORT = (
     re.compile(r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds"),
     re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"),
