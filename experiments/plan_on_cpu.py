@@ -2,7 +2,8 @@
 """Plans beside stop-watches: predicted and measured seconds of a training step on this CPU.
 
 The "chip" is this machine: the peak of a float32 matmul and the bandwidth of a copy, measured
-between the steps, so that what else runs here slows both down.
+between the steps. All in processor seconds of all threads: other work on the machine stretches wall
+time, by how much changes from one second to the next.
 
     python experiments/plan_on_cpu.py [--repeats 5]
 """
@@ -43,10 +44,10 @@ SHAPES = {
 
 
 def seconds(fn, *args) -> float:
-    """Wall time of one call that has been compiled."""
-    began = time.perf_counter()
+    """Processor time of one call that has been compiled."""
+    began = time.process_time()
     jax.block_until_ready(fn(*args))
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def chip() -> Chip:
@@ -62,7 +63,7 @@ def chip() -> Chip:
 def main() -> None:
     """Prints a row for each shape."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     repeats = parser.parse_args().repeats
     for name, (model, rows, length) in SHAPES.items():
         cfg = PlanConfig(model=model, rows_per_device=rows, length=length)
@@ -77,9 +78,9 @@ def main() -> None:
             took, chips = [], []
             for _ in range(repeats):
                 chips.append(chip())
-                began = time.perf_counter()
+                began = time.process_time()
                 state, _ = jax.block_until_ready(job.run(state, *rest))
-                took.append(time.perf_counter() - began)
+                took.append(time.process_time() - began)
         peak = statistics.median(c.bf16 for c in chips)
         memory = statistics.median(c.memory for c in chips)
         compute, moved = found.costs.total_flops / peak, found.costs.traffic / memory
@@ -87,7 +88,8 @@ def main() -> None:
         print(
             f"{name}: arithmetic {compute:.3f} s at {peak / 1e9:.0f} GFLOP/s, memory {moved:.3f} s "
             f"at {memory / 1e9:.1f} GB/s: {low:.3f}–{high:.3f} s predicted, {real:.3f} measured "
-            f"({real / low:.2f} and {real / high:.2f} times)"
+            f"({real / low:.2f} and {real / high:.2f} times)",
+            flush=True,
         )
 
 

@@ -51,7 +51,8 @@ def _times(axes: Any, facts: Mapping[str, Any]) -> None:
 
 def _stack(axes: Any, parts: Mapping[str, float]) -> None:
     """One bar of pieces, with a legend below."""
-    left = 0.0
+    left, least = 0.0, 0.002 * sum(parts.values())
+    parts = {name: value for name, value in parts.items() if value > least}
     for colour, (name, value) in zip(_COLOURS, parts.items(), strict=False):
         axes.barh(0, value, left=left, height=0.8, color=colour, label=f"{name} {value:.3g}")
         left += value

@@ -18,9 +18,12 @@ from r1jax.train import jobs
 from r1jax.train.failure import StageFailed
 
 _GIB = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
-# Two wordings of the compiler's: what the temporaries need, or what all of it needs.
-_TEMPORARIES = re.compile(r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds")
-_ALL = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+# Two wordings of the compiler's. Whatever the first says, its number holds the arguments too: of 48
+# GiB of temporaries beside 60 of arguments it says that the temporaries need 108.
+_SHORT = (
+    re.compile(r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds"),
+    re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"),
+)
 
 
 class Plan(NamedTuple):
@@ -130,19 +133,18 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
         job = jobs.make(what, cfg, mesh)
         lowered = job.run.lower(*job.args, **job.kwargs)
         began = time.monotonic()
-        compiled, short = _compiled(lowered)
+        program, needs = compiled(lowered)
     took = time.monotonic() - began
     given = job.bytes_by_part()
     fixed = (topology, what, sizes, given)
-    if compiled is None:
+    if program is None:
         total = sum(given.values())
-        temporary = short.bytes if short.temporaries else max(short.bytes - total, 0.0)
+        temporary = max(needs - total, 0.0)
         return Plan(
             *fixed, total, temporary, 0, None, job.tokens, job.model_flops, took, None, None
         )
-    memory = compiled.memory_analysis()
-    program = parse(compiled.as_text())
-    found = costs.measure(program, _rules(cfg, sizes))
+    memory, text = program.memory_analysis(), parse(program.as_text())
+    found = costs.measure(text, _rules(cfg, sizes))
     times = roofline.times(found, topology.chip, roofline.spots(mesh.devices.flat))
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Plan(
@@ -150,7 +152,7 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes + max(kept, 0),
         memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
-        stacked(program),
+        stacked(text),
         job.tokens,
         job.model_flops,
         took,
@@ -159,23 +161,16 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
     )
 
 
-class _Short(NamedTuple):
-    """How much a program needs that does not fit; of the temporaries alone, or of everything."""
-
-    bytes: float
-    temporaries: bool
-
-
-def _compiled(lowered: Any) -> tuple[Any, _Short | None]:
-    """(the program, None), or (None, what it needs) if memory is short."""
+def compiled(lowered: Any) -> tuple[Any, float]:
+    """(the program, 0), or (None, bytes of all that it needs) if memory is short."""
     try:
-        return lowered.compile(), None
+        return lowered.compile(), 0.0
     except jax.errors.JaxRuntimeError as error:
         said = str(error)
-        for pattern, temporaries in ((_TEMPORARIES, True), (_ALL, False)):
+        for pattern in _SHORT:
             if found := pattern.search(said):
                 n, unit = found.groups()
-                return None, _Short(float(n) * _GIB[unit], temporaries)
+                return None, float(n) * _GIB[unit]
         line = " ".join(said.split())
         raise StageFailed(f"the compiler cannot do this step: {line[:400]}") from error
 

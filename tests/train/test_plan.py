@@ -9,6 +9,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from r1jax.cli.plan_table import write_plan, write_search
 from r1jax.config import GRPOConfig, MeshConfig, PlanConfig, SamplingConfig
@@ -16,10 +17,12 @@ from r1jax.eval.plan_picture import draw
 from r1jax.nn.count import decode_flops, forward_flops, size, train_flops
 from r1jax.parallel import costs
 from r1jax.parallel.hlo import parse
-from r1jax.parallel.topology import Chip, Topology
+from r1jax.parallel.mesh import make_mesh
+from r1jax.parallel.topology import Chip, Topology, devices
+from r1jax.parallel.topology import parse as parse_name
 from r1jax.train import plan_search
 from r1jax.train.failure import StageFailed
-from r1jax.train.plan import Plan, mesh_for, plan
+from r1jax.train.plan import Plan, compiled, mesh_for, plan
 from r1jax.train.plan_report import report, verdict
 from tests.nn import tiny
 
@@ -109,6 +112,30 @@ def test_what_does_not_fit_is_said_in_one_line(trained):
         assert word in verdict(small, dataclasses.replace(CFG, **change))
     tight = trained._replace(topology=EIGHT._replace(chip=CHIP._replace(hbm=1e3)))
     assert "arguments alone" in verdict(tight, CFG)
+
+
+class Short:
+    """A lowered program that the compiler finds too large, in one of its wordings."""
+
+    def __init__(self, said):
+        self.said = said
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.said)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (108.00G) exceeds available HBM (95.73G). HLO module: jit_f.",
+        "Ran out of memory in memory space hbm. Used 108.00G of 95.74G hbm. Exceeded hbm capacity",
+    ],
+)
+def test_what_the_compiler_says_of_a_program_too_large(said):
+    assert compiled(Short(said)) == (None, 108 * 2**30)
+    with pytest.raises(StageFailed, match="INTERNAL: RET_CHECK"):
+        compiled(Short("INTERNAL: RET_CHECK failure"))
 
 
 def test_decoding_holds_caches_and_no_moments():
@@ -212,9 +239,27 @@ libtpu = pytest.mark.skipif(
 
 @libtpu
 @pytest.mark.slow
-def test_a_step_is_compiled_for_a_tpu_that_is_not_there():
-    from r1jax.parallel.topology import parse as parse_name
+def test_the_need_of_a_program_too_large_holds_its_arguments():
+    """20 GiB that 48 of temporaries are made of fit a v5p; 40 more beside them do not."""
+    mesh = make_mesh(MeshConfig(fsdp=4), devices(parse_name("v5p-8")))
+    on_all = NamedSharding(mesh, PartitionSpec())
 
+    def array(gib):
+        return jax.ShapeDtypeStruct((gib, 1 << 15, 1 << 13), jnp.float32, sharding=on_all)
+
+    def fn(x, more):
+        y = jnp.sin(x)
+        return (jnp.sort(y, axis=0) * y).sum() + more.sum()
+
+    program, _ = compiled(jax.jit(fn).lower(array(20), array(1)))
+    temporary = program.memory_analysis().temp_size_in_bytes
+    _, needs = compiled(jax.jit(fn).lower(array(20), array(40)))
+    assert needs == pytest.approx(temporary + 60 * 2**30, rel=0.02)
+
+
+@libtpu
+@pytest.mark.slow
+def test_a_step_is_compiled_for_a_tpu_that_is_not_there():
     wide = dataclasses.replace(MODEL, num_layers=2, dtype="bfloat16", remat=True)
     cfg = dataclasses.replace(CFG, model=wide, mesh=MeshConfig(fsdp=2, expert=2))
     found = plan(cfg, parse_name("v5e-4"), "train")
