@@ -132,6 +132,19 @@ def test_all_tokens_to_one_group(cfg):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    "kept",
+    [
+        dict(remat_saved=("attention_out", "entry")),
+        dict(remat_saved=("entry",), remat_offloaded=("layer_input",)),
+    ],
+    ids=["saved", "offloaded"],
+)
+def test_what_a_layer_keeps_changes_no_number(kept):
+    check_supervised(MeshConfig(expert=4, fsdp=2), cfg=dataclasses.replace(CFG, remat=True, **kept))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     "mesh", [MeshConfig(fsdp=4, tensor=2), MeshConfig(fsdp=2, context=4)], ids=["tensor", "context"]
 )
 def test_a_dense_student(mesh):
