@@ -27,5 +27,13 @@ def matmul(sizes: tuple[int, int, int], block: int, itemsize: int) -> Iterator[T
                     yield tm, tn, tk
 
 
+def head(m: int, n: int) -> Iterator[Tiles]:
+    """(tokens, columns) of a tile of logits."""
+    for tm in (256, 512, 1024, 2048):
+        for tn in (256, 512, 1024, 2048):
+            if tm <= max(m, 256) and tn <= max(n, 256) and tm * tn <= 2**21:
+                yield tm, tn
+
+
 def _divisors(size: int, block: int, most: int) -> list[int]:
     return [t for t in range(block, min(size, most) + 1, block) if size % t == 0]

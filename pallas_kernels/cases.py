@@ -9,16 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import candidates, shapes
+from pallas_kernels import candidates, chips, shapes
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_fprop
 from pallas_kernels.fp8_matmul import fp8_fprop
 from pallas_kernels.fp8_quantize import quantize_blocks, quantize_tiles
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.mla_decode import PagedLatents, mla_decode
 from pallas_kernels.scaled import Scaled
+from pallas_kernels.softmax_xent import softmax_xent
 from pallas_kernels.tuning import Tiles
 
 BLOCK = 128
+PAGE = 64  # tokens
 CORNER = 64  # rows and columns compared with float64: enough to see, quick at any shape
 
 
@@ -136,11 +139,81 @@ def fp8_grouped(shape: shapes.Grouped) -> Case:
     )
 
 
+def head(shape: shapes.Head) -> Case:
+    """Log-probabilities and entropies [M, 2] of tokens, beside the whole log-softmax by XLA."""
+    m, k, n = shape
+    hidden = _normal(0, m, k).astype(jnp.bfloat16)
+    w = (_normal(1, k, n) / k**0.5).astype(jnp.bfloat16)
+    targets = jnp.arange(m) % n
+
+    def whole(hidden, w, targets):
+        logp = jax.nn.log_softmax(jnp.dot(hidden, w, preferred_element_type=jnp.float32))
+        chosen = jnp.take_along_axis(logp, targets[:, None], 1)
+        return jnp.concatenate([chosen, -(jnp.exp(logp) * logp).sum(1, keepdims=True)], 1)
+
+    s = np.float64(hidden[:CORNER]) @ np.float64(w)
+    s -= s.max(1, keepdims=True)
+    logp = s - np.log(np.exp(s).sum(1, keepdims=True))
+    few = np.arange(len(s))
+    return Case(
+        arrays=(hidden, w, targets),
+        call=lambda i: lambda *x: jnp.stack(softmax_xent(*x, implementation=i), 1),
+        xla=whole,
+        xla_arrays=(hidden, w, targets),
+        truth=np.stack([logp[few, few % n], -(np.exp(logp) * logp).sum(1)], 1),
+        flops=2 * m * k * n,
+        traffic=2 * (m * k + k * n),
+        bits=16,
+        tiles=("softmax_xent", dict(m=m, k=k, vocabulary=n), tuple(candidates.head(m, n))),
+    )
+
+
+def decode(shape: shapes.Decode) -> Case:
+    """Attention [B · T · H, C] over pages in random order, beside the plain form by XLA."""
+    b, t, h, length, c, r = shape
+    # Fewer columns than a register has XLA lay out across pages, and copy for the kernel.
+    r = max(r, 128) if chips.present()[0] == "tpu" else r
+    count = b * length // PAGE
+    table = jax.random.permutation(jax.random.key(4), count).reshape(b, -1)
+    widths = (b, t, h, c), (b, t, h, r), (count, PAGE, c), (count, PAGE, r)
+    made = [_normal(i, *size).astype(jnp.bfloat16) for i, size in enumerate(widths)]
+    arrays = (*made[:2], PagedLatents(*made[2:]), table, jnp.full((b,), length))
+    scale = (128 + shape.rope) ** -0.5
+
+    def call(i):
+        return lambda *x: mla_decode(*x, scale=scale, implementation=i)[0].reshape(-1, c)
+
+    # Rows of the result are heads of a token of a row, from the first on.
+    seen = length - t + 1
+    truth = [
+        _attention([x[i, j] for x in made[:2]], [x[table[i]] for x in made[2:]], seen + j, scale)
+        for i, j in np.ndindex(b, t)
+        if (i * t + j) * h < CORNER
+    ]
+    return Case(
+        arrays=arrays,
+        call=call,
+        xla=call("xla"),
+        xla_arrays=arrays,
+        truth=np.concatenate(truth),
+        flops=2 * b * t * h * length * (2 * c + shape.rope),
+        traffic=2 * b * (length * (c + shape.rope) + t * h * (2 * c + shape.rope)),
+        bits=16,
+        tiles=(
+            "mla_decode",
+            dict(batch=b, queries=t, heads=h, page=PAGE),
+            tuple((n,) for n in (128, 256, 512, 1024)),
+        ),
+    )
+
+
 OPS: dict[str, tuple[dict[str, Any], Callable[[Any], Case]]] = {
     "fp8_quantize": (shapes.MATMUL, fp8_quantize),
     "fp8_matmul": (shapes.MATMUL, fp8_matmul),
     "grouped_matmul": (shapes.GROUPED, grouped),
     "fp8_grouped_matmul": (shapes.GROUPED, fp8_grouped),
+    "softmax_xent": (shapes.HEAD, head),
+    "mla_decode": (shapes.MLA_DECODE, decode),
 }
 
 
@@ -172,6 +245,14 @@ def _of_tiles(x: Scaled, rows: int) -> np.ndarray:
 def _of_blocks(values, scale) -> np.ndarray:
     """The first CORNER columns (of the first block) in float64."""
     return np.float64(values[:, :CORNER]) * np.repeat(np.float64(scale[:, 0]), BLOCK)[:, None]
+
+
+def _attention(queries, pages, seen: int, scale: float) -> np.ndarray:
+    """[H, CORNER of C] float64: one token's heads over the first `seen` keys of its pages."""
+    keys = [np.float64(x).reshape(-1, x.shape[-1])[:seen] for x in pages]
+    s = sum(np.float64(q) @ k.T for q, k in zip(queries, keys, strict=True)) * scale
+    e = np.exp(s - s.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True) @ keys[0][:, :CORNER]
 
 
 def _by_group(x: np.ndarray, w_of: Callable, sizes: jax.Array) -> np.ndarray:

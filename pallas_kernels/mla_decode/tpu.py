@@ -135,10 +135,7 @@ def _plan(query, cache, wanted, backend) -> Plan:
             f"{list(cache.latent_NSC.shape)} {cache.latent_NSC.dtype}; use 'xla'"
         )
     dims = {"heads": h, "queries": t, "page": page, "batch": b}
-    explicit = None if keys is None else (keys,)
-    (keys,) = tuning.choose(
-        "mla_decode", dims, chip=backend.chip, explicit=explicit, heuristic=lambda: (KEYS,)
-    )
+    keys = keys or tuning.choose("mla_decode", dims, backend, lambda: (KEYS,))[0]
     if (table := 4 * query.table_BP.size) > MOST_TABLE:
         raise Unsupported(
             f"mla_decode on TPU keeps the page table in scalar memory, at most {MOST_TABLE} bytes; "

@@ -76,9 +76,7 @@ def tile_sizes(backend: Backend, hidden_BTD, head_DN, tile: tuple[int, int] | No
         return tokens, max(COLUMNS, shares * LOGITS // tokens)
 
     dims = {"m": rows * length, "k": depth, "vocabulary": n}
-    tokens, width = tuning.choose(
-        "softmax_xent_xla", dims, chip=backend.chip, explicit=tile, heuristic=heuristic
-    )
+    tokens, width = tile or tuning.choose("softmax_xent_xla", dims, backend, heuristic)
     return max(tokens // rows, 1), width
 
 

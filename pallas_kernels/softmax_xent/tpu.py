@@ -92,9 +92,7 @@ def tiles_of(backend: Backend, hidden_TD, head_DN, tile: tuple[int, int] | None)
     """
     (t, d), n = hidden_TD.shape, head_DN.shape[1]
     dims = {"m": t, "k": d, "vocabulary": n}
-    most_t, most_n = tuning.choose(
-        "softmax_xent", dims, chip=backend.chip, explicit=tile, heuristic=lambda: (1024, 1024)
-    )
+    most_t, most_n = tile or tuning.choose("softmax_xent", dims, backend, lambda: (1024, 1024))
     depth = depth_of(d)
     tiles = Tiles(_cut(t, most_t, 16), _cut(n, most_n, LANES), depth)
     needed = vmem_bytes(tiles, hidden_TD.dtype.itemsize, head_DN.dtype.itemsize)

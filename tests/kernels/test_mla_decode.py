@@ -284,4 +284,4 @@ def test_the_chips_compiler_takes_it(name, page, dtype, chip, capsys):
     with capsys.disabled():
         print(f"\nmla_decode {name} {dtype} {chip}: {report}")  # noqa: T201
     assert report.kernels == 1
-    assert report.temporaries < pages * page * c / 8  # the cache is not copied
+    assert report.temporaries < pages * page * c / 4  # the cache is not copied; queries may be
