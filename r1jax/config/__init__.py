@@ -6,7 +6,7 @@ sub-config and an op is given scalars.
 """
 
 from r1jax.config.mesh import MeshConfig
-from r1jax.config.model import DenseConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from r1jax.config.model import DenseConfig, FP8Config, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from r1jax.config.plan import PlanConfig
 from r1jax.config.presets import laptop_model, laptop_student, quickstart
 from r1jax.config.recipe import EvalConfig, RecipeConfig, RejectionConfig, StudentsConfig
@@ -59,6 +59,7 @@ __all__ = [
     "DenseConfig",
     "Difficulty",
     "EvalConfig",
+    "FP8Config",
     "GRPOConfig",
     "MLAConfig",
     "MeshConfig",

@@ -109,6 +109,26 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class FP8Config:
+    """DeepSeek-V3's FP8 recipe (section 3.3) for the linear layers: training, prefill and decoding.
+
+    Attributes:
+      enabled: in E4M3: projections of attention, feed-forward networks, experts and MTP. Not so:
+        embedding, head, router, norms and attention itself. Parameters are float32 either way.
+      block: length of the activations' tiles, side of the weights' blocks. TPU and GPU kernels have
+        128 and 256.
+      power_of_two: scales of activations and gradients are rounded up to powers of two.
+    """
+
+    enabled: bool = False
+    block: int = 128
+    power_of_two: bool = False
+
+    def __post_init__(self):
+        positive(self, "block")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A DeepSeek-V3-shaped decoder. The default is the 671B of the paper (section 4.2)."""
 
@@ -126,6 +146,7 @@ class ModelConfig:
     remat_saved: tuple[str, ...] = ()  # of `REMAT_NAMES`: kept all the same
     remat_offloaded: tuple[str, ...] = ()  # of them: kept in the host's memory
     scan_unroll: int = 1  # layers in one turn of a stack's scan: more run and compile as one
+    fp8: FP8Config = field(default_factory=FP8Config)
     rope: RopeConfig = field(default_factory=lambda: RopeConfig(factor=40.0))
     mla: MLAConfig = field(default_factory=MLAConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -166,6 +187,7 @@ class DenseConfig:
     remat_saved: tuple[str, ...] = ()
     remat_offloaded: tuple[str, ...] = ()
     scan_unroll: int = 1
+    fp8: FP8Config = field(default_factory=FP8Config)
     rope: RopeConfig = field(default_factory=lambda: RopeConfig(theta=1e6))
 
     def __post_init__(self):

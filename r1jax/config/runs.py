@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from r1jax.config.check import activations, one_of, positive
+from r1jax.config.model import FP8Config
 from r1jax.config.tasks import Difficulty
 from r1jax.config.training import GRPOConfig, PairsConfig, PPOConfig, SamplingConfig, SFTConfig
 
@@ -38,11 +39,13 @@ class StartConfig:
       path: a folder of ours, of Hugging Face, a .gguf file, or RUN/STAGE of a recipe's run.
       dtype: of activations; "" is the checkpoint's. Trained parameters are float32.
       remat: whether layers are computed again in the backward pass: less memory, more time.
+      fp8: the recipe of the linear layers; a checkpoint's weights in FP8 blocks do not turn it on.
     """
 
     path: str = ""
     dtype: str = ""
     remat: bool = True
+    fp8: FP8Config = field(default_factory=FP8Config)
 
     def __post_init__(self):
         if not self.path:

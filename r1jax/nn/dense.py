@@ -2,15 +2,13 @@
 """Dense decoders, one module: Qwen2 (biased q, k, v), Qwen3 (normalised q, k), Llama (neither)."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from r1jax.config import DenseConfig
 from r1jax.nn import param
 from r1jax.nn.block import Block
-from r1jax.nn.layers import RMSNorm, SwiGLU
+from r1jax.nn.layers import RMSNorm, SwiGLU, project, recipe
 from r1jax.nn.mla import Rotation
-from r1jax.nn.param import use
 from r1jax.nn.transformer import Output, embed, forward, rotation_of
 from r1jax.ops.attention import KVPart, gqa
 from r1jax.ops.rope import rotate_half
@@ -39,11 +37,12 @@ class GQA(nnx.Module):
             self.q_norm = RMSNorm(k, eps=cfg.rms_norm_eps)
             self.k_norm = RMSNorm(k, eps=cfg.rms_norm_eps)
         self.scale = k**-0.5
+        self.fp8 = recipe(cfg.fp8)
 
     def entry(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
         """What is cached of each token: (rotated key, value), each [B, T, J, K]."""
-        k_BTJK = jnp.einsum("btd,djk->btjk", x_BTD, use(self.w_k, x_BTD.dtype))
-        v_BTJK = jnp.einsum("btd,djk->btjk", x_BTD, use(self.w_v, x_BTD.dtype))
+        k_BTJK = project("btd,djk->btjk", x_BTD, self.w_k, self.fp8)
+        v_BTJK = project("btd,djk->btjk", x_BTD, self.w_v, self.fp8)
         if self.biased:
             k_BTJK = k_BTJK + self.b_k[...].astype(x_BTD.dtype)
             v_BTJK = v_BTJK + self.b_v[...].astype(x_BTD.dtype)
@@ -55,13 +54,13 @@ class GQA(nnx.Module):
         return self.cached(x_BTD, rotation, (part,))
 
     def cached(self, x_BTD: jax.Array, rotation: Rotation, parts: tuple[KVPart, ...]) -> jax.Array:
-        q_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, use(self.w_q, x_BTD.dtype))
+        q_BTHK = project("btd,dhk->bthk", x_BTD, self.w_q, self.fp8)
         if self.biased:
             q_BTHK = q_BTHK + self.b_q[...].astype(x_BTD.dtype)
         if self.normed:
             q_BTHK = self.q_norm(q_BTHK)
         out_BTHK = gqa(_rotate(q_BTHK, rotation), parts, scale=self.scale)
-        return total(jnp.einsum("bthk,hkd->btd", out_BTHK, use(self.w_o, x_BTD.dtype)), "heads")
+        return total(project("bthk,hkd->btd", out_BTHK, self.w_o, self.fp8), "heads")
 
 
 def _rotate(x_BTHK: jax.Array, rotation: Rotation) -> jax.Array:
@@ -79,7 +78,7 @@ class DenseTransformer(nnx.Module):
         dim, std, eps = cfg.hidden_size, cfg.init_std, cfg.rms_norm_eps
 
         def block() -> Block:
-            ffn = SwiGLU(dim, cfg.intermediate_size, std=std)
+            ffn = SwiGLU(dim, cfg.intermediate_size, std=std, fp8=recipe(cfg.fp8))
             return Block(dim, eps=eps, attention=GQA(cfg), feed_forward=ffn)
 
         self.embed = param.normal((cfg.vocab_size, dim), ("vocab", "embed"), std)

@@ -2,14 +2,14 @@
 """Multi-head latent attention: the weights, and which pure function uses them when."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from r1jax.config import MLAConfig, RopeConfig
 from r1jax.nn import param
-from r1jax.nn.layers import RMSNorm
-from r1jax.nn.param import use
+from r1jax.nn.layers import RMSNorm, project
+from r1jax.nn.param import operand
 from r1jax.ops.attention import LatentPart, mla_absorbed, mla_naive
+from r1jax.ops.linear import FP8, rounded, seen
 from r1jax.ops.rope import rotate_interleaved, yarn_mscale
 from r1jax.sharding import total
 
@@ -19,11 +19,24 @@ LATENT_EPS = 1e-6  # of the norms of the latents, whatever the model's: as relea
 
 
 class MLA(nnx.Module):
-    """DeepSeek-V3 section 2.1.1. It caches one latent [C] and one rotated key [R] a token."""
+    """DeepSeek-V3 section 2.1.1. It caches one latent [C] and one rotated key [R] a token.
+
+    In FP8 the latents are rounded before they are cached, so that absorbed attention, which is
+    given the up-projections as their products see them, sees what these products see.
+    """
 
     Part = LatentPart
 
-    def __init__(self, dim: int, cfg: MLAConfig, rope: RopeConfig, *, std: float):
+    def __init__(
+        self,
+        dim: int,
+        cfg: MLAConfig,
+        rope: RopeConfig,
+        *,
+        std: float,
+        fp8: FP8 | None = None,
+    ):
+        self.fp8 = fp8
         h, c, q = cfg.num_heads, cfg.kv_lora_rank, cfg.q_lora_rank
         k, r, v = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
         self.nope_dim = k
@@ -45,36 +58,38 @@ class MLA(nnx.Module):
 
     def entry(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
         """What is cached of each token: (latent c_BTC, rotated shared key k_rope_BTR)."""
-        c_BTC = self.kv_norm(jnp.einsum("btd,dc->btc", x_BTD, use(self.w_dkv, x_BTD.dtype)))
-        k_BTR = jnp.einsum("btd,dr->btr", x_BTD, use(self.w_kr, x_BTD.dtype))
+        c_BTC = self.kv_norm(project("btd,dc->btc", x_BTD, self.w_dkv, self.fp8))
+        if self.fp8 is not None:
+            c_BTC = rounded(c_BTC, self.fp8)
+        k_BTR = project("btd,dr->btr", x_BTD, self.w_kr, self.fp8)
         return c_BTC, rotate_interleaved(k_BTR, *rotation)
 
     def query(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
         """(q_nope_BTHK, q_rope_BTHR): the part without position, and the rotated part."""
-        dtype = x_BTD.dtype
         if self.full_query:
-            q = jnp.einsum("btd,dhk->bthk", x_BTD, use(self.w_q, dtype))
+            q = project("btd,dhk->bthk", x_BTD, self.w_q, self.fp8)
         else:
-            q = self.q_norm(jnp.einsum("btd,dq->btq", x_BTD, use(self.w_dq, dtype)))
-            q = jnp.einsum("btq,qhk->bthk", q, use(self.w_uq, dtype))
+            q = self.q_norm(project("btd,dq->btq", x_BTD, self.w_dq, self.fp8))
+            q = project("btq,qhk->bthk", q, self.w_uq, self.fp8)
         q_nope_BTHK, q_rope_BTHR = q[..., : self.nope_dim], q[..., self.nope_dim :]
         cos, sin = rotation
         return q_nope_BTHK, rotate_interleaved(q_rope_BTHR, cos[:, :, None], sin[:, :, None])
 
     def __call__(self, x_BTD: jax.Array, rotation: Rotation, part: LatentPart) -> jax.Array:
         """Attention over one part as long as the queries, keys expanded: training and prefill."""
-        q, dtype = self.query(x_BTD, rotation), x_BTD.dtype
-        w_uk_CHK, w_uv_CHV = use(self.w_uk, dtype), use(self.w_uv, dtype)
-        out = mla_naive(*q, part, w_uk_CHK, w_uv_CHV, scale=self.scale)
+        q, up = self.query(x_BTD, rotation), self._up(x_BTD.dtype)
+        out = mla_naive(*q, part, *up, scale=self.scale, fp8=self.fp8)
         return self._project(out)
 
     def cached(self, x_BTD: jax.Array, rotation: Rotation, parts: tuple[LatentPart, ...]):
         """Attention over cached latents, absorbed: for decoding."""
-        q, dtype = self.query(x_BTD, rotation), x_BTD.dtype
-        w_uk_CHK, w_uv_CHV = use(self.w_uk, dtype), use(self.w_uv, dtype)
-        out = mla_absorbed(*q, parts, w_uk_CHK, w_uv_CHV, scale=self.scale)
+        q, up = self.query(x_BTD, rotation), self._up(x_BTD.dtype)
+        out = mla_absorbed(*q, parts, *(seen(w, self.fp8) for w in up), scale=self.scale)
         return self._project(out)
 
+    def _up(self, dtype) -> tuple[jax.Array, jax.Array]:
+        """(w_uk_CHK, w_uv_CHV)"""
+        return operand(self.w_uk, dtype, self.fp8), operand(self.w_uv, dtype, self.fp8)
+
     def _project(self, out_BTHV: jax.Array) -> jax.Array:
-        w_o_HVD = use(self.w_o, out_BTHV.dtype)
-        return total(jnp.einsum("bthv,hvd->btd", out_BTHV, w_o_HVD), "heads")
+        return total(project("bthv,hvd->btd", out_BTHV, self.w_o, self.fp8), "heads")

@@ -9,6 +9,7 @@ from r1jax.config import MoEConfig
 from r1jax.nn import param
 from r1jax.nn.layers import SwiGLU
 from r1jax.nn.stats import RouterStats
+from r1jax.ops.linear import FP8
 from r1jax.ops.routing import Routing, expert_load, route, sequence_balance_loss
 from r1jax.parallel import dispatch
 from r1jax.sharding import count, local, spec, total, unpartitioned
@@ -43,7 +44,8 @@ class Router(nnx.Module):
 class MoE(nnx.Module):
     """y = shared(x) + Σ_k g_k · expert_k(x) (DeepSeek-V3 eq. 12)."""
 
-    def __init__(self, dim: int, cfg: MoEConfig, *, std: float):
+    def __init__(self, dim: int, cfg: MoEConfig, *, std: float, fp8: FP8 | None = None):
+        self.fp8 = fp8
         e, f = cfg.n_routed_experts, cfg.moe_intermediate_size
         self.router = Router(dim, cfg, std=std)
         self.w_gate = param.normal((e, dim, f), ("expert", "embed", "mlp"), std)
@@ -51,7 +53,7 @@ class MoE(nnx.Module):
         self.w_down = param.normal((e, f, dim), ("expert", "mlp", "embed"), std)
         self.n_shared = cfg.n_shared_experts
         if self.n_shared:
-            self.shared = SwiGLU(dim, f * self.n_shared, std=std)
+            self.shared = SwiGLU(dim, f * self.n_shared, std=std, fp8=fp8)
 
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
         """[B, T, D] → [B, T, D] and the router's report; padding (valid 0) is not counted."""
@@ -86,8 +88,9 @@ class MoE(nnx.Module):
             reached = dispatch.reach(
                 count("expert"), index_TK.shape[1], cfg.n_group, cfg.topk_group
             )
-            weights = tuple(param.use(w, dtype) for w in held)
+            weights = tuple(param.operand(w, dtype, self.fp8) for w in held)
             how = dict(reach=reached, slack=cfg.dispatch_slack, pieces=cfg.dispatch_pieces)
+            how |= dict(fp8=self.fp8)
             y_TD, overflow = dispatch.dispatch(x_TD, index_TK, weight_TK, weights, **how)
             return total(y_TD, "mlp"), overflow
 

@@ -6,7 +6,8 @@ from flax import nnx
 
 from r1jax.nn import param
 from r1jax.nn.block import Block, Entry, Step
-from r1jax.nn.layers import RMSNorm
+from r1jax.nn.layers import RMSNorm, project
+from r1jax.ops.linear import FP8
 
 
 class MTP(nnx.Module):
@@ -14,7 +15,8 @@ class MTP(nnx.Module):
     are the main model's. It predicts t_{i+2}. h_i is the main model's output after its final norm.
     """
 
-    def __init__(self, dim: int, *, eps: float, std: float, block: Block):
+    def __init__(self, dim: int, *, eps: float, std: float, block: Block, fp8: FP8 | None = None):
+        self.fp8 = fp8
         self.hidden_norm = RMSNorm(dim, eps=eps)
         self.embed_norm = RMSNorm(dim, eps=eps)
         self.proj = param.normal((2 * dim, dim), (None, "embed"), std)
@@ -41,4 +43,4 @@ class MTP(nnx.Module):
         """What the block is given; `norm` of what it returns is what the shared head turns into
         P(t_{i+2})."""
         both = jnp.concatenate([self.hidden_norm(hidden_BTD), self.embed_norm(next_embed_BTD)], -1)
-        return jnp.einsum("bte,ed->btd", both, param.use(self.proj, both.dtype))
+        return project("bte,ed->btd", both, self.proj, self.fp8)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from r1jax.ops.linear import FP8
 from r1jax.sharding import carriers, gather, spec
 
 POOLED = 1 << 20  # parameters up to this size share one draw
@@ -80,6 +81,14 @@ def use(variable: nnx.Variable, dtype: Any, *along: str) -> jax.Array:
         if axis in axes:
             x = gather(x, *axes, along=axis)
     return x
+
+
+def operand(variable: nnx.Variable, dtype: Any, fp8: FP8 | None) -> jax.Array:
+    """`use` for `ops.linear`: FP8 is made of the float32 weight itself, which gets its gradient so.
+
+    Across devices go then four bytes a value.
+    """
+    return use(variable, dtype if fp8 is None else jnp.float32)
 
 
 def whole(variable: nnx.Variable, dtype: Any) -> jax.Array:

@@ -10,7 +10,7 @@ from flax import nnx
 from r1jax.config import ModelConfig, RopeConfig
 from r1jax.nn import param
 from r1jax.nn.block import Block, Entry, run
-from r1jax.nn.layers import RMSNorm, SwiGLU
+from r1jax.nn.layers import RMSNorm, SwiGLU, recipe
 from r1jax.nn.mla import MLA, Rotation
 from r1jax.nn.moe import MoE
 from r1jax.nn.mtp import MTP
@@ -46,13 +46,14 @@ class Transformer(nnx.Module):
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
         dim, std, eps = cfg.hidden_size, cfg.init_std, cfg.rms_norm_eps
+        how = dict(std=std, fp8=recipe(cfg.fp8))
 
         def block(*, dense: bool) -> Block:
-            attention = MLA(dim, cfg.mla, cfg.rope, std=std)
+            attention = MLA(dim, cfg.mla, cfg.rope, **how)
             if dense:
-                ffn = SwiGLU(dim, cfg.intermediate_size, std=std)
+                ffn = SwiGLU(dim, cfg.intermediate_size, **how)
             else:
-                ffn = MoE(dim, cfg.moe, std=std)
+                ffn = MoE(dim, cfg.moe, **how)
             return Block(dim, eps=eps, attention=attention, feed_forward=ffn)
 
         self.embed = param.normal((cfg.vocab_size, dim), ("vocab", "embed"), std)
@@ -63,7 +64,7 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(dim, eps=eps)
         self.head = param.normal((dim, cfg.vocab_size), ("embed", "vocab"), std)
         if cfg.mtp_depth:
-            self.mtp = MTP(dim, eps=eps, std=std, block=block(dense=False))
+            self.mtp = MTP(dim, eps=eps, block=block(dense=False), **how)
 
     @property
     def has_mtp(self) -> bool:

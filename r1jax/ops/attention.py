@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.ops.blockwise import attend
+from r1jax.ops.linear import FP8, linear
 
 LONG = 2**18  # T · S of a head: below, whole logits are as fast (experiments/log/006_…)
 NEG = -1e30  # finite: a query without any key gets uniform weights, not NaN
@@ -66,6 +67,7 @@ def mla_naive(
     w_uv_CHV: jax.Array,
     *,
     scale: float,
+    fp8: FP8 | None = None,
 ) -> jax.Array:
     """MLA with keys and values expanded to all heads (DeepSeek-V3 eq. 1–11): for training.
 
@@ -78,13 +80,14 @@ def mla_naive(
         w_uk_CHK: [C, H, K] key up-projection.
         w_uv_CHV: [C, H, V] value up-projection.
         scale: softmax scale, (K + R)^-0.5 times YaRN's m².
+        fp8: of the two up-projections, as in `linear`; attention itself is not quantised.
 
     Returns:
         [B, T, H, V] in q's dtype; logits and softmax are float32.
     """
     dtype = q_nope_BTHK.dtype
-    k_BSHK = jnp.einsum("bsc,chk->bshk", part.c_PSC, w_uk_CHK.astype(dtype))
-    v_BSHV = jnp.einsum("bsc,chv->bshv", part.c_PSC, w_uv_CHV.astype(dtype))
+    k_BSHK = linear("bsc,chk->bshk", part.c_PSC, w_uk_CHK, fp8)
+    v_BSHV = linear("bsc,chv->bshv", part.c_PSC, w_uv_CHV, fp8)
     shared_BSHR = jnp.broadcast_to(
         part.k_rope_PSR[:, :, None], (*k_BSHK.shape[:3], part.k_rope_PSR.shape[-1])
     )

@@ -13,7 +13,9 @@ None drops a token at any load. `experiments/bench_experts.py` measures them.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_linear
 from r1jax.ops.deal import laid_out, slots, summed, weight_of
+from r1jax.ops.linear import FP8
 from r1jax.ops.mlp import gated
 
 TILES = (32, 128)  # fewest and most rows of a tile
@@ -81,6 +83,31 @@ def experts(
     raise ValueError(f"{implementation=} must be 'ragged', 'tiled', 'dense' or None")
 
 
+def fp8_experts(
+    x_TD: jax.Array,
+    index_TK: jax.Array,
+    weight_TK: jax.Array,
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    fp8: FP8,
+    rows: int | None = None,
+) -> jax.Array:
+    """The same in E4M3 (DeepSeek-V3 section 3.3): `ragged`, its products `fp8_grouped_linear`.
+
+    The tiles of the weights' gradients go over the rows as they are sorted, from one expert's into
+    the next one's.
+
+    Args and Returns: as `experts`; the weights are quantised as they are.
+    """
+
+    def product(rows_MK, w_EKN, sizes_E, real):
+        del real  # the rows behind the last expert's are zeros already
+        how = dict(block=fp8.block, power_of_two=fp8.power_of_two)
+        return fp8_grouped_linear(rows_MK, w_EKN, sizes_E, tail=True, **how)
+
+    return _by_rows(x_TD, index_TK, weight_TK, weights, bound=rows, product=product)
+
+
 def _dense(x_TD, index_TK, weight_TK, weights):
     w_gate_EDF, w_up_EDF, w_down_EFD = weights
     e, d, f = w_gate_EDF.shape
@@ -97,6 +124,13 @@ def _dense(x_TD, index_TK, weight_TK, weights):
 
 
 def _ragged(x_TD, index_TK, weight_TK, weights, bound):
+    def product(rows_MK, w_EKN, sizes_E, real):
+        return real(jax.lax.ragged_dot(rows_MK, w_EKN, sizes_E))
+
+    return _by_rows(x_TD, index_TK, weight_TK, weights, bound=bound, product=product)
+
+
+def _by_rows(x_TD, index_TK, weight_TK, weights, *, bound, product):
     w_gate_EDF, w_up_EDF, w_down_EFD = weights
     (t, k), e = index_TK.shape, w_gate_EDF.shape[0]
     if e < k:  # a column for each expert, of which a token has at most one each
@@ -108,12 +142,11 @@ def _ragged(x_TD, index_TK, weight_TK, weights, bound):
     # Rows behind the last expert's are whatever the backend left there.
     real_M1 = (where.token_S < t)[:, None]
     real = lambda x: x if bound is None else jnp.where(real_M1, x, 0)  # noqa: E731
-    gate = real(jax.lax.ragged_dot(rows, w_gate_EDF, sizes))
-    up = real(jax.lax.ragged_dot(rows, w_up_EDF, sizes))
+    gate = product(rows, w_gate_EDF, sizes, real)
+    up = product(rows, w_up_EDF, sizes, real)
     # Weighed before the last product: a gradient needs F values of each row then, not D.
     h = gated(gate, up) * weight_of(weight_TK, where)[:, None].astype(x_TD.dtype)
-    out = real(jax.lax.ragged_dot(h, w_down_EFD, sizes))
-    return summed(out, where)
+    return summed(product(h, w_down_EFD, sizes, real), where)
 
 
 def _tiled(x_TD, index_TK, weight_TK, weights, bound):

@@ -2,23 +2,30 @@
 """The gated feed-forward network."""
 
 import jax
-import jax.numpy as jnp
+
+from r1jax.ops.linear import FP8, linear
 
 
-def swiglu(x: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array):
+def swiglu(
+    x: jax.Array,
+    w_gate_DF: jax.Array,
+    w_up_DF: jax.Array,
+    w_down_FD: jax.Array,
+    fp8: FP8 | None = None,
+) -> jax.Array:
     """(SiLU(x·W_gate) ⊙ (x·W_up)) · W_down (Shazeer 2020, arXiv 2002.05202).
 
     Args:
-        x: [..., D]; weights are cast to its dtype.
+        x: [..., D]
         w_gate_DF, w_up_DF, w_down_FD: [D, F], [D, F], [F, D].
+        fp8: as in `linear`.
 
     Returns:
         [..., D] in x's dtype.
     """
-    dtype = x.dtype
-    gate = jnp.einsum("...d,df->...f", x, w_gate_DF.astype(dtype))
-    up = jnp.einsum("...d,df->...f", x, w_up_DF.astype(dtype))
-    return jnp.einsum("...f,fd->...d", gated(gate, up), w_down_FD.astype(dtype))
+    gate = linear("...d,df->...f", x, w_gate_DF, fp8)
+    up = linear("...d,df->...f", x, w_up_DF, fp8)
+    return linear("...f,fd->...d", gated(gate, up), w_down_FD, fp8)
 
 
 @jax.custom_vjp

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.ops.deal import laid_out, slots, summed
-from r1jax.ops.experts import choose, experts
+from r1jax.ops.experts import choose, experts, fp8_experts
+from r1jax.ops.linear import FP8
 from r1jax.parallel.exchange import exchange
 from r1jax.sharding import carriers, count, index, platform, total
 
@@ -67,6 +68,7 @@ def dispatch(
     slack: float,
     pieces: int = 1,
     sparse: bool | None = None,
+    fp8: FP8 | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """y_t = Σ_k weight_tk · SwiGLU_{index_tk}(x_t), the experts being spread over the mesh.
 
@@ -79,11 +81,12 @@ def dispatch(
         slack: buffers hold so many times the balanced load.
         pieces: T is gone through in so many, each dispatched by itself: buffers are that smaller.
         sparse: the way; None lets the platform choose.
+        fp8: of the experts' products: `fp8_experts`.
 
     Returns:
         ([T, D] in x's dtype, scalar float32: pieces whose buffers would have overflown).
     """
-    how = dict(reach=reach, slack=slack, sparse=sparse)
+    how = dict(reach=reach, slack=slack, sparse=sparse, fp8=fp8)
     if pieces == 1 or count("expert") == 1:
         return _once(x_TD, index_TK, weight_TK, weights, **how)
     # What was made of a piece is made again for its gradient, so that one lives at a time. The
@@ -107,16 +110,23 @@ def _cut(x: jax.Array, pieces: int, fill: int = 0) -> jax.Array:
     return jnp.pad(x, short, constant_values=fill).reshape(pieces, -1, *x.shape[1:])
 
 
-def _once(x_TD, index_TK, weight_TK, weights, *, reach, slack, sparse):
+def _experts(x_TD, index_TK, weight_TK, weights, *, fp8, implementation, rows=None):
+    operands = (x_TD, index_TK, weight_TK, weights)
+    if fp8 is None:
+        return experts(*operands, implementation=implementation, rows=rows)
+    return fp8_experts(*operands, fp8=fp8, rows=rows)
+
+
+def _once(x_TD, index_TK, weight_TK, weights, *, reach, slack, sparse, fp8):
     ranks, held = count("expert"), weights[0].shape[0]
     none = jnp.float32(0.0)
     if ranks == 1:
         how = choose(*index_TK.shape, held, platform())
-        return experts(x_TD, index_TK, weight_TK, weights, implementation=how), none
+        return _experts(x_TD, index_TK, weight_TK, weights, fp8=fp8, implementation=how), none
     size = room(*index_TK.shape, ranks, held, reach=reach, slack=slack)
     operands = (x_TD, index_TK, weight_TK, weights)
     if not (platform() == "tpu" if sparse is None else sparse):
-        return _gathered(*operands, size), none
+        return _gathered(*operands, size, fp8), none
     rank_TK = index_TK // held
     where = slots(rank_TK, ranks, size.sent)
     (axis,) = carriers("expert")
@@ -127,29 +137,28 @@ def _once(x_TD, index_TK, weight_TK, weights, *, reach, slack, sparse):
     over = total(over.astype(jnp.float32), "batch", "length", "heads") > 0  # of the whole mesh
     y_TD = jax.lax.cond(
         over,
-        lambda *operands: _gathered(*operands, size),
-        lambda *operands: _sparse(*operands, size, where=where, counts_nn=counts_nn),
+        lambda *operands: _gathered(*operands, size, fp8),
+        lambda *operands: _sparse(*operands, size, where=where, counts_nn=counts_nn, fp8=fp8),
         *operands,
     )
     return y_TD, over.astype(jnp.float32)
 
 
-def _sparse(x_TD, index_TK, weight_TK, weights, size: Room, *, where, counts_nn):
+def _sparse(x_TD, index_TK, weight_TK, weights, size: Room, *, where, counts_nn, fp8):
     (axis,), ragged = carriers("expert"), platform() == "tpu"
     send = lambda x: exchange(laid_out(x, where), counts_nn, size.received, axis, ragged)  # noqa: E731
     with jax.named_scope("dispatch"):
         x_RD, weight_RK = send(x_TD), send(weight_TK)
         index_RK = send(index_TK + 1) - 1  # rows that nobody sends have no expert
     how = "ragged" if ragged else None
-    y_RD = experts(
-        x_RD, _mine(index_RK, weights), weight_RK, weights, implementation=how, rows=size.computed
-    )
+    operands = (x_RD, _mine(index_RK, weights), weight_RK, weights)
+    y_RD = _experts(*operands, fp8=fp8, implementation=how, rows=size.computed)
     with jax.named_scope("combine"):
         back_SD = exchange(y_RD, counts_nn.T, size.sent, axis, ragged)
         return summed(back_SD, where)
 
 
-def _gathered(x_TD, index_TK, weight_TK, weights, size: Room):
+def _gathered(x_TD, index_TK, weight_TK, weights, size: Room, fp8: FP8 | None):
     axis, ranks, held = carriers("expert"), count("expert"), weights[0].shape[0]
     t, k = index_TK.shape
     most = max(size.computed // (ranks * min(k, held)), 1)  # tokens of a rank at a time
@@ -159,7 +168,8 @@ def _gathered(x_TD, index_TK, weight_TK, weights, size: Room):
     def one(_, piece):
         x, index_tK, weight_tK = (jax.lax.all_gather(p, axis, tiled=True) for p in piece)
         mine_tK, rows = _mine(index_tK, weights), len(x) * min(k, held)
-        y = experts(x, mine_tK, weight_tK, weights, implementation=how, rows=rows)
+        operands = (x, mine_tK, weight_tK, weights)
+        y = _experts(*operands, fp8=fp8, implementation=how, rows=rows)
         return None, jax.lax.psum_scatter(y, axis, tiled=True)
 
     xs = (_cut(x_TD, pieces), _cut(index_TK, pieces, ranks * held), _cut(weight_TK, pieces))

@@ -60,7 +60,7 @@ def open_start(cfg: StartConfig) -> Start:
     found = open_run(path) if is_run(path) else open_model(path, dtype="float32")
     if found.tokenizer is None:
         raise ValueError(f"start.path={cfg.path}: has no tokenizer.json, so no text can be read")
-    changes: dict[str, Any] = {"remat": cfg.remat}
+    changes: dict[str, Any] = {"remat": cfg.remat, "fp8": cfg.fp8}
     if cfg.dtype:
         changes["dtype"] = cfg.dtype
     arch = dataclasses.replace(found.cfg, **changes)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers: in the activations' dtype, or by DeepSeek's FP8 recipe.
+
+DeepSeek-V3 (arXiv 2412.19437) section 3.3. By the recipe all three products of a layer, for the
+result and for both gradients, have E4M3 operands: activations and gradients with a scale for each
+tile 1 × b along the contraction, weights with one for each block b × b, sums in float32.
+`pallas_kernels.fp8_linear` computes it.
+
+Inside a region where a device sees its own pieces the tiles and blocks are those of the pieces:
+they equal the whole array's where b divides the pieces.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.fp8_matmul import fp8_linear
+from pallas_kernels.fp8_matmul.api import pad
+from pallas_kernels.fp8_matmul.ref import of_blocks, of_tiles
+from pallas_kernels.fp8_quantize import quantize_blocks, quantize_tiles
+
+
+@dataclass(frozen=True)
+class FP8:
+    """The static part of the recipe.
+
+    Attributes:
+        block: b, length of the tiles and side of the blocks.
+        power_of_two: whether scales of activations and gradients are rounded up to powers of two.
+    """
+
+    block: int
+    power_of_two: bool
+
+
+def linear(equation: str, x: jax.Array, w: jax.Array, fp8: FP8 | None) -> jax.Array:
+    """y = x · w, `jnp.einsum` of the equation, in x's dtype or by the recipe.
+
+    Args:
+        equation: of `jnp.einsum`: the last axes of x with the first of w, as "btd,dhk->bthk".
+        x: [..., *K] activations.
+        w: [*K, *N]; without a recipe it is cast to x's dtype, with one it is quantised as it is.
+        fp8: the recipe, or None.
+
+    Returns:
+        [..., *N] in x's dtype.
+
+    Raises:
+        ValueError: another kind of equation.
+    """
+    if fp8 is None:
+        return jnp.einsum(equation, x, w.astype(x.dtype))
+    axes = _contracted(equation)
+    lead = x.shape[: x.ndim - axes]
+    with jax.named_scope("fp8_linear"):
+        y = fp8_linear(
+            x.reshape(*lead, math.prod(w.shape[:axes])),
+            _matrix(w, axes),
+            block=fp8.block,
+            power_of_two=fp8.power_of_two,
+        )
+    return y.reshape(*lead, *w.shape[axes:])
+
+
+def seen(w: jax.Array, fp8: FP8 | None, *, axes: int = 1) -> jax.Array:
+    """The weight as the recipe's products see it, values · scales; w itself without a recipe.
+
+    Args:
+        w: [*K, *N]
+        axes: of K.
+    """
+    if fp8 is None:
+        return w
+    matrix = _matrix(w, axes)
+    k, n = matrix.shape
+    blocks = quantize_blocks(pad(matrix, fp8.block, (0, 1)), block=fp8.block)
+    return of_blocks(blocks, fp8.block)[:k, :n].reshape(w.shape).astype(w.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def rounded(x: jax.Array, fp8: FP8) -> jax.Array:
+    """Activations [..., K] as the recipe's products see them; the gradient passes as it is.
+
+    `linear` of it is `linear` of x: what is rounded once is not changed by rounding it again.
+    """
+    rows = pad(x.reshape(-1, x.shape[-1]), fp8.block, (1,))
+    tiles = quantize_tiles(rows, block=fp8.block, power_of_two=fp8.power_of_two)
+    return of_tiles(tiles, fp8.block)[:, : x.shape[-1]].reshape(x.shape).astype(x.dtype)
+
+
+rounded.defvjp(lambda x, fp8: (rounded(x, fp8), None), lambda fp8, _, given: (given,))
+
+
+def _matrix(w: jax.Array, axes: int) -> jax.Array:
+    return w.reshape(math.prod(w.shape[:axes]), -1)
+
+
+def _contracted(equation: str) -> int:
+    """How many axes x and w share."""
+    operands, result = equation.replace("...", "").split("->")
+    x, w = operands.split(",")
+    axes = len([name for name in w if name not in result])
+    if not axes or x[-axes:] != w[:axes] or result != x[:-axes] + w[axes:]:
+        raise ValueError(
+            f"{equation=} must multiply the last axes of x with the first of w, as 'btd,dhk->bthk'"
+        )
+    return axes

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers in FP8 against numpy in float64; without a recipe they are an einsum."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.ops.attention import LatentPart, causal_mask, mla_absorbed, mla_naive
+from r1jax.ops.experts import fp8_experts
+from r1jax.ops.linear import FP8, linear, rounded, seen
+from r1jax.ops.quant import BlockScaled, Layout, quantise
+from tests.ops import fp8_reference as reference
+
+# Float32 sums of some ten products of order 1; the operands are the same E4M3 numbers.
+FLOAT32 = 2e-6
+# The scale is found twice, each time within an ulp.
+ULP = 3e-7
+BLOCK = 4  # 4 divides few of the sizes below
+RECIPES = {"plain": FP8(BLOCK, False), "power_of_two": FP8(BLOCK, True)}
+EQUATIONS = {
+    "one_axis": ("btd,dc->btc", (2, 3, 6), (6, 5)),
+    "to_heads": ("btd,dhk->bthk", (2, 3, 8), (8, 2, 3)),
+    "from_heads": ("bthv,hvd->btd", (2, 3, 2, 5), (2, 5, 4)),
+    "any_lead": ("...d,df->...f", (7, 9), (9, 8)),
+}
+
+
+def drawn(seed, *shapes):
+    """Values of very different sizes, so that a scale in the wrong place shows."""
+    rng = np.random.default_rng(seed)
+    spread = lambda s: rng.normal(size=s) * 4.0 ** rng.integers(-3, 4, s)  # noqa: E731
+    return [jnp.asarray(spread(s), jnp.float32) for s in shapes]
+
+
+def close(found, wanted, tolerance=FLOAT32):
+    wanted = np.asarray(wanted, np.float64)
+    found = np.asarray(found, np.float64).reshape(wanted.shape)
+    error = np.abs(found - wanted).max() / np.abs(wanted).max()
+    assert error < tolerance, error
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_value_and_gradients_are_those_of_quantised_operands(name, recipe):
+    equation, x_shape, w_shape = EQUATIONS[name]
+    fp8 = RECIPES[recipe]
+    y_shape = np.einsum(equation, np.zeros(x_shape), np.zeros(w_shape)).shape
+    x, w, dy = drawn(3, x_shape, w_shape, y_shape)
+
+    @jax.jit
+    def both(x, w, dy):
+        y, back = jax.vjp(lambda x, w: linear(equation, x, w, fp8), x, w)
+        return y, *back(dy)
+
+    axes = len(x_shape) + len(w_shape) - len(y_shape)
+    k = int(np.prod(w_shape[: axes // 2]))
+    flat = np.asarray(x).reshape(-1, k), np.asarray(w).reshape(k, -1)
+    rule = (BLOCK, fp8.power_of_two)
+    y, dx, dw = both(x, w, dy)
+    assert y.shape == y_shape
+    close(y, reference.product(*flat, *rule))
+    dy = np.asarray(dy).reshape(len(flat[0]), -1)
+    for found, wanted in zip((dx, dw), reference.gradients(*flat, dy, *rule), strict=True):
+        close(found, wanted)
+    unquantised = flat[0].astype(np.float64) @ flat[1]
+    error = np.linalg.norm(np.asarray(y).reshape(unquantised.shape) - unquantised)
+    assert 1e-3 < error / np.linalg.norm(unquantised) < 6e-2  # E4M3 it is, and no more is lost
+
+
+def test_without_a_recipe_it_is_an_einsum():
+    x, w = drawn(0, (2, 3, 6), (6, 2, 2))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        ours = jax.make_jaxpr(lambda x, w: linear("btd,dhk->bthk", x, w, None))(x.astype(dtype), w)
+        plain = lambda x, w: jnp.einsum("btd,dhk->bthk", x, w.astype(x.dtype))  # noqa: E731
+        assert str(ours) == str(jax.make_jaxpr(plain)(x.astype(dtype), w))
+
+
+@pytest.mark.parametrize("equation", ["btd,cd->btc", "btd,dc->cbt", "dbt,dc->btc", "bt,c->btc"])
+def test_other_equations_are_refused(equation):
+    with pytest.raises(ValueError, match="last axes of x"):
+        linear(equation, jnp.ones((2, 2, 2)), jnp.ones((2, 2)), RECIPES["plain"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_rounded_stays_as_it_is(recipe):
+    fp8 = RECIPES[recipe]
+    x, w, dy = drawn(1, (2, 5, 7), (7, 3), (2, 5, 7))
+    once, back = jax.vjp(lambda x: rounded(x, fp8), x)
+    close(once, reference.tiles(np.asarray(x).reshape(-1, 7), BLOCK, fp8.power_of_two), ULP)
+    np.testing.assert_allclose(rounded(once, fp8), once, rtol=ULP)
+    np.testing.assert_array_equal(back(dy)[0], dy)
+    one, other = (linear("btd,dc->btc", a, w, fp8) for a in (once, x))
+    close(one, other)
+
+
+def test_weights_as_their_products_see_them():
+    (w,) = drawn(2, (6, 2, 3))
+    flat = np.asarray(w).reshape(6, 6)
+    close(seen(w, RECIPES["plain"]), reference.blocks(flat, BLOCK), ULP)
+    flat = np.asarray(w).reshape(12, 3)
+    close(seen(w, RECIPES["plain"], axes=2), reference.blocks(flat, BLOCK), ULP)
+    assert seen(w, None) is w
+
+
+def test_blocks_of_a_checkpoint_are_found_again():
+    """Dequantised to float32 or bfloat16, a stored weight is quantised to the same E4M3 values."""
+    (w_OI,) = drawn(5, (300, 200))
+    values, scale = quantise(np.asarray(w_OI))
+    stored = BlockScaled(jnp.asarray(values.T), jnp.asarray(scale), Layout((300, 200)))
+    fp8, exact = FP8(128, False), np.asarray(stored.astype(jnp.float32))
+    for dtype, tolerance in ((jnp.float32, ULP), (jnp.bfloat16, 2.0**-8)):
+        again = np.asarray(seen(stored.astype(dtype).astype(jnp.float32), fp8))
+        np.testing.assert_allclose(again, exact, rtol=tolerance)
+
+
+# --------------------------------------------------------------------------------------- experts
+
+D, F, EXPERTS = 6, 5, 4
+CASES = {
+    "spread": np.stack([np.random.default_rng(i).permutation(EXPERTS)[:2] for i in range(9)]),
+    "all_to_one": np.tile([2, 0], (9, 1)),
+    "some_elsewhere": np.array([[0, 4], [4, 4], [3, 1], [4, 3], [1, 4], [4, 4]]),
+}
+
+
+def by_rows(x, index, weight, weights, dy, rule):
+    """Value and gradients of the experts: sorted rows, each product quantised as numpy does it."""
+    t, k = index.shape
+    flat = index.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    sizes = np.bincount(flat, minlength=EXPERTS + 1)[:EXPERTS]
+    rows, share = x[order // k], weight.reshape(-1)[order][:, None]
+    gate_w, up_w, down_w = weights
+    gate, up = (reference.grouped(rows, w, sizes, *rule) for w in (gate_w, up_w))
+    silu = gate / (1 + np.exp(-gate))
+    h = silu * up * share
+    y, out = np.zeros(x.shape), reference.grouped(h, down_w, sizes, *rule)
+    np.add.at(y, order // k, out)
+    dh, d_down = reference.grouped_gradients(h, down_w, sizes, dy[order // k], *rule)
+    slope = 1 / (1 + np.exp(-gate))
+    d_gate_rows = dh * share * up * slope * (1 + gate * (1 - slope))
+    d_up_rows = dh * share * silu
+    one, d_gate = reference.grouped_gradients(rows, gate_w, sizes, d_gate_rows, *rule)
+    two, d_up = reference.grouped_gradients(rows, up_w, sizes, d_up_rows, *rule)
+    dx = np.zeros(x.shape)
+    np.add.at(dx, order // k, one + two)
+    d_weight = np.zeros(t * k)
+    d_weight[order] = (dh * silu * up).sum(1)
+    return y, dx, d_weight.reshape(t, k), (d_gate, d_up, d_down)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_experts_are_those_of_quantised_rows(case):
+    index = CASES[case].astype(np.int32)
+    t, k = index.shape
+    e = EXPERTS
+    x, weight, dy, *weights = drawn(7, (t, D), (t, k), (t, D), (e, D, F), (e, D, F), (e, F, D))
+    x, weights = x / 8, [w / 8 for w in weights]  # SiLU is neither linear nor zero there
+    fp8 = RECIPES["plain"]
+
+    @jax.jit
+    def both(x, weight, weights):
+        run = lambda x, weight, w: fp8_experts(x, index, weight, w, fp8=fp8)  # noqa: E731
+        y, back = jax.vjp(run, x, weight, weights)
+        return y, *back(dy)
+
+    found = both(x, weight, tuple(weights))
+    arrays = [np.asarray(a, np.float64) for a in (x, weight, dy)]
+    flat = [np.asarray(w, np.float64) for w in weights]
+    wanted = by_rows(arrays[0], index, arrays[1], flat, arrays[2], (BLOCK, False))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        close(a, b, 10 * FLOAT32)  # three products in a row
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+def test_absorbed_attention_sees_what_the_up_projections_see():
+    """With rounded latents and the weights as their products see them, decoding is training."""
+    fp8, (b, t, h) = RECIPES["plain"], (2, 5, 2)
+    q, r, c, k, uk, uv = drawn(
+        11, (b, t, h, 3), (b, t, h, 2), (b, t, 6), (b, t, 2), (6, h, 3), (6, h, 4)
+    )
+    q, r, k = q / 16, r / 16, k / 16  # logits of order 1
+    mask = causal_mask(jnp.ones((b, t), jnp.int32))
+    part = LatentPart(rounded(c / 4, fp8), k, mask)
+    naive = mla_naive(q, r, part, uk, uv, scale=0.2, fp8=fp8)
+    ups = (seen(uk, fp8), seen(uv, fp8))
+    close(mla_absorbed(q, r, (part,), *ups, scale=0.2), naive, 1e-5)
+    unlike = mla_absorbed(q, r, (part,), uk, uv, scale=0.2)
+    assert np.abs(unlike - naive).max() / np.abs(naive).max() > 1e-3
