@@ -178,10 +178,10 @@ def _decode(cfg: PlanConfig, mesh: Mesh) -> Job:
     )
     own = lie(own, None, "batch")
     vector = lambda dtype: _array(mesh, (rows,), dtype, "batch")  # noqa: E731
-    args = (state, prompt, own, vector(jnp.int32), vector(jnp.float32))
+    chance = (vector(jnp.float32), _array(mesh, (2,), jnp.uint32))
     return Job(
         jax.jit(_next_token, donate_argnums=2),
-        (*args, _array(mesh, (), jnp.int32), _array(mesh, (2,), jnp.uint32)),
+        (state, prompt, (own, _array(mesh, (), jnp.int32)), vector(jnp.int32), chance),
         {},
         {"parameters": (state.params, state.router), "cache": (prompt, own)},
         rows,
@@ -200,9 +200,12 @@ def _fitting(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -
     return PartitionSpec(*even)
 
 
-def _next_token(state: TrainState, prompt, own, token_B, temperature_B, index, noise):
-    """What decoding does for each token: one cached step, the head, a draw."""
-    model = state.model()
+def _next_token(state: TrainState, prompt, cache, token_B, chance):
+    """What decoding does for each token: one cached step, the head, a draw.
+
+    `cache` is the rows' own and the slot that is written, `chance` temperatures and a raw key.
+    """
+    model, (own, index), (temperature_B, noise) = state.model(), cache, chance
     hidden_BD, own = decode.step(model, token_B, prompt, own, index)
     logits_BN = jnp.einsum(
         "bd,dn->bn",
@@ -210,4 +213,4 @@ def _next_token(state: TrainState, prompt, own, token_B, temperature_B, index, n
         model.head_DN().astype(hidden_BD.dtype),
         preferred_element_type=jnp.float32,
     )
-    return sample(logits_BN, jax.random.wrap_key_data(noise), temperature_B), own
+    return sample(logits_BN, jax.random.wrap_key_data(noise), temperature_B), (own, index + 1)
