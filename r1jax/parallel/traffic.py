@@ -54,12 +54,34 @@ def _fusion(inner: Computation, one: Instruction, read: list[float]) -> float:
             touched = _touched(inner, parameter.name)
             total += read[number] if touched is None else min(touched, read[number])
     root = inner.root()
-    parts = [inner.instructions.get(o) for o in root.operands] if root is not None else []
-    ends = parts if root is not None and root.opcode == "tuple" else [root]
+    if root is None or root.opcode != "tuple":
+        ends = [root] * len(one.arrays)
+    else:
+        ends = [inner.instructions.get(o) for o in root.operands]
     for array, end in zip(one.arrays, ends, strict=False):
+        if end is not None and (end.opcode == "parameter" or (_piece(end) and not _starts(end))):
+            continue  # handed through, or filled by the network
         update = _update(inner, end)
         total += min(update, array.bytes) if update is not None else _main((array,))
     return total
+
+
+def _piece(one: Instruction) -> bool:
+    """Whether it belongs to a collective that is spread over the fusions that hide it.
+
+    XLA:TPU hands its operand and its result through each of them; both are counted where it starts.
+    """
+    return "async_collective_fusion_config" in one.attributes or "AsyncCollective" in one.attributes
+
+
+def _starts(one: Instruction) -> bool:
+    return "AsyncCollectiveStart" in one.attributes
+
+
+def _free(user: Instruction, first: bool) -> bool:
+    """Whether an operand is not read: updated in place, handed through, or moved by the network."""
+    updated = user.opcode == "dynamic-update-slice" and first
+    return updated or (user.opcode == "tuple" and user.root) or _piece(user)
 
 
 def _touched(inner: Computation, name: str) -> float | None:
@@ -71,7 +93,7 @@ def _touched(inner: Computation, name: str) -> float | None:
         first = user.operands[0] == name
         if user.opcode in _CUTS and first:
             total += sum(a.bytes for a in user.arrays)
-        elif user.opcode == "dynamic-update-slice" and first:
+        elif _free(user, first):
             continue
         elif user.opcode in ("bitcast", "reshape"):
             deeper = _touched(inner, user.name)

@@ -224,6 +224,51 @@ def test_the_text_of_a_tpu_program(filled):
     }
 
 
+HIDDEN = """\
+%start.1 (p.1: bf16[64,128]) -> (bf16[64,128], bf16[256,128]) {
+  %p.1 = bf16[64,128]{1,0} parameter(0)
+  %g.1 = bf16[256,128]{1,0} all-gather(%p.1), backend_config={"async_collective_fusion_config":{}}
+  ROOT %c.1 = (bf16[64,128]{1,0}, bf16[256,128]{1,0}) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%piece.1 (p.2: bf16[64,128], p.3: bf16[256,128], p.4: f32[8,8]) -> (f32[8,8], bf16[64,128], bf16[256,128], bf16[256,128]) {
+  %p.2 = bf16[64,128]{1,0} parameter(0)
+  %p.3 = bf16[256,128]{1,0} parameter(1)
+  %p.4 = f32[8,8]{1,0} parameter(2)
+  %g.2 = bf16[256,128]{1,0} all-gather(%p.2), backend_config={"async_collective_fusion_config":{}}
+  %e.1 = f32[8,8]{1,0} exponential(%p.4)
+  ROOT %t.1 = (f32[8,8]{1,0}, bf16[64,128]{1,0}, bf16[256,128]{1,0}, bf16[256,128]{1,0}) tuple(%e.1, %p.2, %p.3, %g.2)
+}
+
+%done.1 (p.5: bf16[64,128], p.6: bf16[256,128]) -> bf16[256,128] {
+  %p.5 = bf16[64,128]{1,0} parameter(0)
+  %p.6 = bf16[256,128]{1,0} parameter(1)
+  %g.3 = bf16[256,128]{1,0} all-gather(%p.5), backend_config={"async_collective_fusion_config":{}}
+  ROOT %c.2 = bf16[256,128]{1,0} custom-call(%p.5, %p.6, %g.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a.1: bf16[64,128], a.2: f32[8,8]) -> bf16[256,128] {
+  %a.1 = bf16[64,128]{1,0} parameter(0)
+  %a.2 = f32[8,8]{1,0} parameter(1)
+  %f.1 = (bf16[64,128]{1,0}, bf16[256,128]{1,0}) fusion(%a.1), kind=kCustom, calls=%start.1
+  %s.1 = bf16[64,128]{1,0} get-tuple-element(%f.1), index=0
+  %s.2 = bf16[256,128]{1,0} get-tuple-element(%f.1), index=1
+  %f.2 = (f32[8,8]{1,0}, bf16[64,128]{1,0}, bf16[256,128]{1,0}, bf16[256,128]{1,0}) fusion(%s.1, %s.2, %a.2), kind=kCustom, calls=%piece.1
+  %s.3 = bf16[64,128]{1,0} get-tuple-element(%f.2), index=1
+  %s.4 = bf16[256,128]{1,0} get-tuple-element(%f.2), index=2
+  ROOT %f.3 = bf16[256,128]{1,0} fusion(%s.3, %s.4), kind=kCustom, calls=%done.1
+}
+"""  # noqa: E501
+
+
+def test_an_overlapped_collective_is_traffic_once():
+    """Read a quarter, write the whole; the fusion that hides it is traffic for its own work."""
+    found = costs.measure(parse(HIDDEN), costs.Rules(4, costs.half))
+    assert found.traffic == (64 + 256) * 128 * 2 + 2 * 8 * 8 * 4
+    (one,) = found.collectives
+    assert one.sent == 3 * 64 * 128 * 2
+
+
 @pytest.mark.parametrize(
     ("window", "dims", "expected"),
     [
