@@ -32,6 +32,7 @@ AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 CFG = models.model_config(
     num_layers=2,
     vocab_size=14,
+    mla=dataclasses.replace(models.model_config().mla, q_lora_rank=16, kv_lora_rank=8),
     moe=dataclasses.replace(models.model_config().moe, n_routed_experts=8, n_group=4),
 )
 # Buffers of two experts a token hold no load as skewed as this.
