@@ -26,7 +26,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("vocab", "tensor"),
     ("expert", "expert"),
     ("layers", None),
-    ("latent", None),
+    ("latent", ("fsdp", "expert", "context")),
 )
 
 

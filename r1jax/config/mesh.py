@@ -57,7 +57,6 @@ class MeshConfig:
         Raises:
             ValueError: names both fields.
         """
-        shards = self.fsdp * self.expert * self.context
         _cut("model.vocab_size", model.vocab_size, "mesh.tensor", self.tensor)
         _cut("model.intermediate_size", model.intermediate_size, "mesh.tensor", self.tensor)
         if isinstance(model, ModelConfig):
@@ -68,9 +67,22 @@ class MeshConfig:
             _cut("model.mla.num_heads", model.mla.num_heads, "mesh.tensor", self.tensor)
         else:
             _cut("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", self.tensor)
-        _cut("model.hidden_size", model.hidden_size, "mesh.fsdp × expert × context", shards)
+        shards = self.fsdp * self.expert * self.context
+        for name, width in cut_widths(model).items():
+            _cut(name, width, "mesh.fsdp × expert × context", shards)
         _cut("rows of a micro-batch", rows, "mesh.slices × data × fsdp × expert", self.batch_shards)
         _cut("length", length, "mesh.context", self.context)
+
+
+def cut_widths(model: ModelConfig | DenseConfig) -> dict[str, int]:
+    """{field: width} of what fsdp, expert and context cut together: all of them must divide it."""
+    widths = {"model.hidden_size": model.hidden_size}
+    if isinstance(model, ModelConfig):
+        for name in ("q_lora_rank", "kv_lora_rank"):
+            rank = vars(model.mla)[name]
+            if rank and rank % 8 == 0:  # others are cut nowhere
+                widths[f"model.mla.{name}"] = rank
+    return widths
 
 
 def _cut(name: str, size: int, axis: str, pieces: int) -> None:

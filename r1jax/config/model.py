@@ -76,8 +76,8 @@ class MoEConfig:
     moe_intermediate_size: int = 2048
     bias_update_speed: float = 0.001  # γ
     balance_loss_alpha: float = 0.0001  # α of the sequence-wise balance loss
-    dispatch_slack: float = 1.5  # rows of an expert-parallel buffer over those of a balanced load
-    dispatch_pieces: int = 1  # that a device's tokens are sent to other devices' experts in
+    dispatch_slack: float = 1.25  # rows of an expert-parallel buffer over those of a balanced load
+    dispatch_pieces: int = 4  # that a device's tokens are sent to other devices' experts in
 
     def __post_init__(self):
         positive(self, "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")

@@ -47,12 +47,12 @@ class MLA(nnx.Module):
         else:
             self.w_dq = param.normal((dim, q), ("embed", "latent"), std)
             self.q_norm = RMSNorm(q, eps=LATENT_EPS)
-            self.w_uq = param.normal((q, h, k + r), ("latent", "heads", None), std)
+            self.w_uq = param.normal((q, h, k + r), (_latent(q), "heads", None), std)
         self.w_dkv = param.normal((dim, c), ("embed", "latent"), std)
         self.kv_norm = RMSNorm(c, eps=LATENT_EPS)
         self.w_kr = param.normal((dim, r), ("embed", None), std)
-        self.w_uk = param.normal((c, h, k), ("latent", "heads", None), std)
-        self.w_uv = param.normal((c, h, v), ("latent", "heads", None), std)
+        self.w_uk = param.normal((c, h, k), (_latent(c), "heads", None), std)
+        self.w_uv = param.normal((c, h, v), (_latent(c), "heads", None), std)
         self.w_o = param.normal((h, v, dim), ("heads", None, "embed"), std)
         self.full_query = q is None
 
@@ -93,3 +93,8 @@ class MLA(nnx.Module):
 
     def _project(self, out_BTHV: jax.Array) -> jax.Array:
         return total(project("bthv,hvd->btd", out_BTHV, self.w_o, self.fp8), "heads")
+
+
+def _latent(rank: int) -> str | None:
+    """The axis of a latent that is projected up: cut over devices unless it is odd and small."""
+    return "latent" if rank % 8 == 0 else None

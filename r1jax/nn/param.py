@@ -74,10 +74,10 @@ def use(variable: nnx.Variable, dtype: Any, *along: str) -> jax.Array:
     Args:
         variable: of a module, or of one layer inside a stack's scan.
         dtype: of the activations.
-        along: logical axes to be made whole; "embed" if none is named.
+        along: logical axes to be made whole; "embed" and "latent" if none is named.
     """
     x, axes = variable[...].astype(dtype), _axes(variable)
-    for axis in along or ("embed",):
+    for axis in along or ("embed", "latent"):
         if axis in axes:
             x = gather(x, *axes, along=axis)
     return x

@@ -10,6 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from r1jax.config import DenseConfig, MeshConfig, ModelConfig
+from r1jax.config.mesh import cut_widths
 
 WIDEST = 64  # ranks that experts are dealt out to; DeepSeek-V3 was trained on 64 (section 3.2)
 
@@ -59,8 +60,8 @@ def _fitting(cfg: MeshConfig, devices: int) -> str:
 def for_training(model: ModelConfig | DenseConfig, devices: int, *, slices: int = 1) -> MeshConfig:
     """Experts over up to `WIDEST` devices, everything else cut over all of a slice.
 
-    A dense model is cut over all of them. More devices than `hidden_size` can be cut over hold
-    copies.
+    A dense model is cut over all of them. More devices than the weights' widths can be cut over
+    hold copies.
 
     Raises:
         ValueError: the devices are no multiple of the slices.
@@ -69,7 +70,7 @@ def for_training(model: ModelConfig | DenseConfig, devices: int, *, slices: int 
         raise ValueError(f"{devices=} must be divisible by {slices=}; change one of them")
     inside = devices // slices
     experts = model.moe.n_routed_experts if isinstance(model, ModelConfig) else 1
-    cut = math.gcd(model.hidden_size, inside)  # of all that is no expert
+    cut = math.gcd(inside, *cut_widths(model).values())
     expert = math.gcd(experts, cut, WIDEST)
     return MeshConfig(slices=slices, data=inside // cut, fsdp=cut // expert, expert=expert)
 

@@ -54,9 +54,14 @@ def create(
         graphdef, params, router = nnx.split(initialise(make(), key), nnx.Param, RouterBias)
         return TrainState(jnp.int32(0), params, router, optimizer.init(params), graphdef)
 
+    return _where_it_lies(init, key)
+
+
+def _where_it_lies(make: Callable, given: Any) -> TrainState:
+    """`make(given)`, jitted; on a mesh each array is made on the devices that will hold it."""
     if jax.sharding.get_abstract_mesh().empty:
-        return init(key)
-    return jax.jit(init, out_shardings=specs(jax.eval_shape(init, key)))(key)
+        return make(given)
+    return jax.jit(make, out_shardings=specs(jax.eval_shape(make, given)))(given)
 
 
 def laid(state: TrainState) -> TrainState:
@@ -73,7 +78,7 @@ def restart(state: TrainState, optimizer: optax.GradientTransformation) -> Train
         params, router = jax.tree.map(jnp.copy, weights)
         return TrainState(jnp.int32(0), params, router, optimizer.init(params), state.graphdef)
 
-    return fresh((state.params, state.router))
+    return _where_it_lies(fresh, (state.params, state.router))
 
 
 def accumulate(loss_fn: Callable, params: nnx.State, micro_batches: Any) -> tuple[Any, Any]:

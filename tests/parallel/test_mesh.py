@@ -55,7 +55,7 @@ def test_presets():
     cfg = ModelConfig()
     assert for_training(cfg, 512) == MeshConfig(fsdp=8, expert=64)
     assert for_training(cfg, 512, slices=2) == MeshConfig(slices=2, fsdp=4, expert=64)
-    assert for_training(cfg, 4096) == MeshConfig(data=4, fsdp=16, expert=64)
+    assert for_training(cfg, 4096) == MeshConfig(data=8, fsdp=8, expert=64)
     assert for_training(cfg, 1) == MeshConfig()
     assert for_training(tiny.dense_config(qwen2=True), 8) == MeshConfig(fsdp=8)
     long = for_long_rows(cfg, 512, rows=64, length=32_768)

@@ -18,7 +18,7 @@ from r1jax.parallel.mesh import make_mesh
 from r1jax.rl.rollout import rollout
 from r1jax.sharding import spec
 from r1jax.train.grpo import grpo_step
-from r1jax.train.state import Controls
+from r1jax.train.state import Controls, restart
 from r1jax.train.supervised import micro_batched, supervised_step
 from tests.nn import tiny as models
 from tests.train import tiny
@@ -32,6 +32,7 @@ AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 CFG = models.model_config(
     num_layers=2,
     vocab_size=14,
+    mla=dataclasses.replace(models.model_config().mla, q_lora_rank=16, kv_lora_rank=8),
     moe=dataclasses.replace(models.model_config().moe, n_routed_experts=8, n_group=4),
 )
 # Buffers of two experts a token hold no load as skewed as this.
@@ -149,6 +150,15 @@ def test_what_a_layer_keeps_changes_no_number(kept):
 )
 def test_a_dense_student(mesh):
     check_supervised(mesh, cfg=QWEN2)
+
+
+def test_a_stage_starts_with_moments_that_lie_like_the_parameters():
+    with on(MeshConfig(fsdp=4, expert=2), AUTO):
+        state = tiny.state(CFG)
+        new = restart(jax.device_put(state, specs(state)), adamw(OptimConfig()))
+        jax.tree.map(lambda x, w: _assert_lies(x.sharding.spec, w), new, specs(new))
+        assert optax.tree.get(new.opt, "mu")["embed"][...].sharding.spec == spec(None, "embed")
+    np.testing.assert_array_equal(new.params["embed"][...], state.params["embed"][...])
 
 
 @pytest.mark.slow
