@@ -143,7 +143,10 @@ def fp8_grouped_linear(
     if backend.explicit:
         _module(backend)  # Unsupported before anything is quantised
     recipe = Recipe(block, power_of_two, implementation)
-    return _linear(recipe, pad(x_MK, block, (1,)), pad(w_EKN, block, (1, 2)), group_sizes_E)[:, :n]
+    operands = dispatch.varying_alike(
+        pad(x_MK, block, (1,)), pad(w_EKN, block, (1, 2)), group_sizes_E
+    )
+    return _linear(recipe, *operands)[:, :n]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -45,22 +45,18 @@ def matmul(
     )
     dense.check_tiles((tm, tn, tk), (mp, n, k), block)
     steps, step = k // tk, tk // block
-    list_ = groups.visits(groups.with_tail(sizes_E, mp), mp, tm)
+    lists = groups.visits(groups.with_tail(sizes_E, mp), mp, tm)
     w_spec = grouped.weight_spec((tn, tk), e, steps, transposed)
     # Scales as [E, steps, blocks of a step, N]: rows beside the weights' rows or columns.
     sw_EKN = jnp.repeat(w.scale.swapaxes(1, 2) if transposed else w.scale, block, -1)
+    scales = sx_KM.reshape(steps, step, mp), sw_EKN.reshape(e, steps, step, n)
+    how = dict(block=block, transposed=transposed, native=backend.device.fp8 > 0, n_groups=e)
     out = pl.pallas_call(
-        functools.partial(
-            _matmul_kernel,
-            block=block,
-            transposed=transposed,
-            native=backend.device.fp8 > 0,
-            n_groups=e,
-        ),
+        functools.partial(_matmul_kernel, **how),
         out_shape=jax.ShapeDtypeStruct((mp, n), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(pl.cdiv(n, tn), list_.count, steps),
+            grid=(pl.cdiv(n, tn), lists.count, steps),
             in_specs=[
                 pl.BlockSpec((tm, tk), lambda j, v, s, g, t, _: (t[v], s)),
                 pl.BlockSpec((None, step, tm), lambda j, v, s, g, t, _: (s, 0, t[v])),
@@ -71,22 +67,12 @@ def matmul(
             scratch_shapes=[pltpu.VMEM((tm, tn), jnp.float32)],
         ),
         compiler_params=mosaic.params(
-            ("parallel", "arbitrary", "arbitrary"),
-            dense.need((tm, tn, tk), block, dtype),
-            backend,
+            ("parallel", *["arbitrary"] * 2), dense.need((tm, tn, tk), block, dtype), backend
         ),
         cost_estimate=grouped.cost((m, n, k), e, 1),
         interpret=backend.interpret,
         name=OP,
-    )(
-        list_.group_V,
-        list_.tile_V,
-        list_.start_G,
-        values_MK,
-        sx_KM.reshape(steps, step, mp),
-        w.values,
-        sw_EKN.reshape(e, steps, step, n),
-    )
+    )(*lists[:3], values_MK, scales[0], w.values, scales[1])
     return out[:m]
 
 
@@ -171,17 +157,15 @@ def _scale_spec(w_spec, shape, transposed):
     return pl.BlockSpec((None, None, *shape), at)
 
 
-def _matmul_kernel(
-    g_smem, t_smem, start_smem, *refs, block: int, transposed: bool, native: bool, n_groups: int
-):
-    x_ref, sx_ref, w_ref, sw_ref, o_ref, sum_ref = refs
+def _matmul_kernel(*refs, block: int, transposed: bool, native: bool, n_groups: int):
+    *smem, x_ref, sx_ref, w_ref, sw_ref, o_ref, sum_ref = refs
     v, step = pl.program_id(1), pl.program_id(2)
 
     @pl.when(step == 0)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    @pl.when(g_smem[v] < n_groups)
+    @pl.when(smem[0][v] < n_groups)
     def _():
         dense.add_products(
             sum_ref, (x_ref, sx_ref), (w_ref, sw_ref), block, transposed=transposed, native=native
@@ -189,22 +173,19 @@ def _matmul_kernel(
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
-        grouped.store_own(
-            o_ref, sum_ref, grouped.mine(g_smem, t_smem, start_smem, v, len(sum_ref), 0)
-        )
+        grouped.store_own(o_ref, sum_ref, grouped.mine(smem, v, len(sum_ref), 0))
 
 
-def _outer_kernel(
-    g_smem, t_smem, start_smem, xt_ref, sx_ref, dyt_ref, sdy_ref, o_ref, sum_ref, *, native
-):
+def _outer_kernel(*refs, native):
+    *smem, xt_ref, sx_ref, dyt_ref, sdy_ref, o_ref, sum_ref = refs
     v = pl.program_id(2)
-    first, last = grouped.first_and_last(g_smem, v, pl.num_programs(2))
+    first, last = grouped.first_and_last(smem[0], v, pl.num_programs(2))
 
     @pl.when(first)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    own = grouped.mine(g_smem, t_smem, start_smem, v, xt_ref.shape[1], 1)
+    own = grouped.mine(smem, v, xt_ref.shape[1], 1)
     # Quantised values are finite, so zeros in one operand keep other groups' rows out.
     xt = jnp.where(own, xt_ref[...].astype(jnp.float32), 0.0).astype(
         xt_ref.dtype if native else jnp.bfloat16

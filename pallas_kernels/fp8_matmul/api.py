@@ -54,7 +54,7 @@ def fp8_fprop(
     """
     scaled.check_tiles("x", x, block)
     scaled.check_blocks("w", w, block)
-    _check_contraction("x", x.values.shape[1], x, "w", w.values.shape[0], w)
+    _check_contraction(("x", x, 1), ("w", w, 0))
     return _run(lambda b: _module(b).fprop, (x, w), block, dtype, implementation)
 
 
@@ -73,7 +73,7 @@ def fp8_dgrad(
     """
     scaled.check_tiles("dy", dy, block)
     scaled.check_blocks("w", w, block)
-    _check_contraction("dy", dy.values.shape[1], dy, "w", w.values.shape[1], w)
+    _check_contraction(("dy", dy, 1), ("w", w, 1))
     return _run(lambda b: _module(b).dgrad, (dy, w), block, dtype, implementation)
 
 
@@ -92,7 +92,7 @@ def fp8_wgrad(
     """
     scaled.check_tiles("xt", xt, block)
     scaled.check_tiles("dyt", dyt, block)
-    _check_contraction("xt", xt.values.shape[1], xt, "dyt", dyt.values.shape[1], dyt)
+    _check_contraction(("xt", xt, 1), ("dyt", dyt, 1))
     return _run(lambda b: _module(b).wgrad, (xt, dyt), block, dtype, implementation)
 
 
@@ -140,7 +140,7 @@ def fp8_linear(
         )
     recipe = Recipe(block, power_of_two, implementation)
     x_MK = pad(x.reshape(-1, x.shape[-1]), block, (1,))
-    y_MN = _linear(recipe, x_MK, pad(w_KN, block, (0, 1)))
+    y_MN = _linear(recipe, *dispatch.varying_alike(x_MK, pad(w_KN, block, (0, 1))))
     return y_MN[:, : w_KN.shape[1]].reshape(*x.shape[:-1], -1)
 
 
@@ -201,9 +201,12 @@ def _run(
     )(implementation, *operands)
 
 
-def _check_contraction(a_name, a_size, a, b_name, b_size, b):
-    if a_size != b_size:
+def _check_contraction(a: tuple, b: tuple) -> None:
+    """Raises ValueError unless two (name, operand, axis) are as long along their axes."""
+    (a_name, a_axis), (b_name, b_axis) = (a[0], a[2]), (b[0], b[2])
+    a_shape, b_shape = a[1].values.shape, b[1].values.shape
+    if a_shape[a_axis] != b_shape[b_axis]:
         raise ValueError(
-            f"{a_name} {a.values.shape} and {b_name} {b.values.shape} do not contract: "
-            f"{a_size} != {b_size}"
+            f"{a_name} {a_shape} and {b_name} {b_shape} do not contract: "
+            f"{a_shape[a_axis]} != {b_shape[b_axis]}"
         )

@@ -75,13 +75,16 @@ def _filled(operand):
     return jnp.pad(values, ((0, rows), (0, 0))), jnp.pad(scale, ((0, 0), (0, rows)))
 
 
-def _kernel(a_gmem, sa_gmem, b_gmem, sb_gmem, o_gmem, o_smem, *, steps, per_scale):
+def _kernel(*refs, steps, per_scale):
+    a_gmem, sa_gmem, b_gmem, sb_gmem, o_gmem, o_smem = refs
     warpgroup = jax.lax.axis_index("wg")
     at_m = pl.ds(jax.lax.axis_index("m") * SIDE, SIDE)
     at_n = pl.ds(jax.lax.axis_index("n") * SIDE, SIDE)
     own = pl.ds(warpgroup * ROWS, ROWS)
 
-    def step(_, a_smem, sa_smem, b_smem, sb_smem, total):
+    def step(_, *refs):
+        a_smem, sa_smem, b_smem, sb_smem, total = refs
+
         def product(acc_ref):
             plgpu.wgmma(acc_ref, a_smem.at[own], _compat.transposed(b_smem))
             return acc_ref[...]

@@ -166,7 +166,9 @@ def add_products(
         sum_ref[...] += partial * sa[:, t : t + 1] * sb_ref[t : t + 1, :]
 
 
-def _kernel(a_ref, sa_ref, b_ref, sb_ref, o_ref, sum_ref, *, block, transposed, native):
+def _kernel(*refs, block, transposed, native):
+    a_ref, sa_ref, b_ref, sb_ref, o_ref, sum_ref = refs
+
     @pl.when(pl.program_id(2) == 0)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)

@@ -94,7 +94,8 @@ def swizzled(dtype: jnp.dtype) -> tuple:
     return plgpu.TilingTransform(tile), plgpu.SwizzleTransform(bytes_)
 
 
-def _rows(x_gmem, v_gmem, s_gmem, x_smem, v_smem, s_smem, barrier, *, power_of_two):
+def _rows(*refs, power_of_two):
+    x_gmem, v_gmem, s_gmem, x_smem, v_smem, s_smem, barrier = refs
     x, piece = _load(x_gmem, x_smem, barrier)
     scale = scaled.scale_of(scaled.magnitude(x).max(1), power_of_two)
     v_smem[...] = scaled.encode(x, jax.lax.broadcast_in_dim(scale, x.shape, (0,))).astype(
@@ -107,8 +108,8 @@ def _rows(x_gmem, v_gmem, s_gmem, x_smem, v_smem, s_smem, barrier, *, power_of_t
     plgpu.wait_smem_to_gmem(0)
 
 
-def _blocks(x_gmem, v_gmem, s_gmem, x_smem, v_smem, s_smem, barrier, *, power_of_two):
-    del s_smem
+def _blocks(*refs, power_of_two):
+    x_gmem, v_gmem, s_gmem, x_smem, v_smem, _, barrier = refs
     x, piece = _load(x_gmem, x_smem, barrier)
     scale = scaled.scale_of(scaled.magnitude(x).max(1).max(0), power_of_two)
     v_smem[...] = scaled.encode(x, jax.lax.broadcast_in_dim(scale, x.shape, ())).astype(scaled.E4M3)

@@ -53,7 +53,7 @@ def grouped_matmul(
     groups.check(group_sizes_E, len(x_MK), len(w_EKN), tail=tail)
     if not len(x_MK):
         return jnp.zeros((0, w_EKN.shape[2]), x_MK.dtype)
-    return _matmul(implementation, x_MK, w_EKN, group_sizes_E)
+    return _matmul(implementation, *dispatch.varying_alike(x_MK, w_EKN, group_sizes_E))
 
 
 def grouped_outer(

@@ -137,7 +137,8 @@ def weight_spec(
     """The block of a group's weights. The tail (group `n_groups`) reads nothing new."""
     tn, tk = tiles
 
-    def at(j, v, s, group_V, tile_V, _):
+    def at(j, v, s, *smem):
+        group_V = smem[0]
         before = jnp.maximum(v - 1, 0)
         tail = group_V[v] == n_groups
         group = jnp.where(tail, jnp.minimum(group_V[before], n_groups - 1), group_V[v])
@@ -147,8 +148,16 @@ def weight_spec(
     return pl.BlockSpec((None, tn, tk) if transposed else (None, tk, tn), at)
 
 
-def mine(group_V, tile_V, start_G, v, tile: int, axis: int) -> jax.Array:
-    """Which rows of the visited tile are the visiting group's, along `axis` of two."""
+def mine(smem: tuple, v: jax.Array, tile: int, axis: int) -> jax.Array:
+    """Which rows of the tile of visit v are the visiting group's, along `axis` of two.
+
+    Args:
+        smem: the lists of `groups.Visits`: group_V, tile_V, start_G.
+        v: the visit.
+        tile: rows of a tile.
+        axis: 0: [tile, 1], 1: [1, tile].
+    """
+    group_V, tile_V, start_G = smem
     shape = (tile, 1) if axis == 0 else (1, tile)
     row = tile_V[v] * tile + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
     group = group_V[v]
@@ -173,16 +182,15 @@ def _precision(dtype):
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def _matmul_kernel(
-    g_smem, t_smem, start_smem, x_ref, w_ref, o_ref, sum_ref, *, transposed, n_groups
-):
+def _matmul_kernel(*refs, transposed, n_groups):
+    *smem, x_ref, w_ref, o_ref, sum_ref = refs
     v, step = pl.program_id(1), pl.program_id(2)
 
     @pl.when(step == 0)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    @pl.when(g_smem[v] < n_groups)
+    @pl.when(smem[0][v] < n_groups)
     def _():
         sum_ref[...] += jax.lax.dot_general(
             x_ref[...],
@@ -194,18 +202,19 @@ def _matmul_kernel(
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
-        store_own(o_ref, sum_ref, mine(g_smem, t_smem, start_smem, v, len(sum_ref), 0))
+        store_own(o_ref, sum_ref, mine(smem, v, len(sum_ref), 0))
 
 
-def _outer_kernel(g_smem, t_smem, start_smem, x_ref, dy_ref, o_ref, sum_ref):
+def _outer_kernel(*refs):
+    *smem, x_ref, dy_ref, o_ref, sum_ref = refs
     v = pl.program_id(2)
-    first, last = first_and_last(g_smem, v, pl.num_programs(2))
+    first, last = first_and_last(smem[0], v, pl.num_programs(2))
 
     @pl.when(first)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    own = mine(g_smem, t_smem, start_smem, v, len(x_ref), 0)
+    own = mine(smem, v, len(x_ref), 0)
     # Other groups' rows, and what lies beyond the last row: selected away, for NaN · 0 is NaN.
     only = lambda ref: jnp.where(own, ref[...].astype(jnp.float32), 0.0)  # noqa: E731
     sum_ref[...] += jax.lax.dot_general(

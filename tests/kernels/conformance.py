@@ -16,7 +16,7 @@ TPU = Backend("tpu", chip="v5p", interpret=True)  # converts E4M3 to bfloat16
 TPU_FP8 = Backend("tpu", chip="tpu7x", interpret=True)  # multiplies E4M3
 
 BACKENDS = [pytest.param(XLA, id="xla"), pytest.param(TPU, id="tpu")]
-FP8_BACKENDS = [*BACKENDS, pytest.param(TPU_FP8, id="tpu7x")]
+FP8_BACKENDS = [*BACKENDS, pytest.param(TPU_FP8, id="tpu7x", marks=pytest.mark.slow)]
 
 # Sums of up to a few thousand products in float32: 2^-24 · √K with room; one rounding to bfloat16.
 FLOAT32_ERROR = 1e-5
