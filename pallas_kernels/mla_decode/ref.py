@@ -17,7 +17,9 @@ class PagedLatents(NamedTuple):
     Attributes:
         latent_NSC: [N pages, S tokens a page, C] compressed key-value latents; bfloat16, float32 or
             float8_e4m3fn.
-        rope_NSR: [N, S, R] rotated decoupled keys, bfloat16 or float32.
+        rope_NSR: [N, S, R] rotated decoupled keys, bfloat16 or float32. On TPU fill R (here and in
+            queries) up to 128 with zeros: of fewer columns XLA lays pages along the lanes, and
+            copies them all for the kernel in each call of a program that takes them as arguments.
         scale_NS: [N, S] float32, each token's latent is `latent · scale`; for float8 latents alone.
     """
 

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Backend, Implementation, run
-from pallas_kernels.softmax_xent import gpu, ref, tpu
+from pallas_kernels.softmax_xent import gpu, ref
 
-BACKENDS: dict[str, ModuleType] = {"xla": ref, "tpu": tpu, "gpu": gpu}
 Tile = tuple[int, int]
 
 
@@ -62,6 +61,15 @@ def softmax_xent(
     return run(implementation, lambda backend: _xent(backend, tile, *arrays))
 
 
+def _backend(name: str) -> ModuleType:
+    """Pallas takes half a second to import, which runs on CPU need not wait for."""
+    if name == "tpu":
+        from pallas_kernels.softmax_xent import tpu
+
+        return tpu
+    return gpu if name == "gpu" else ref
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _xent(backend: Backend, tile: Tile | None, *arrays) -> tuple[jax.Array, jax.Array]:
     return _forward(backend, tile, *arrays)[0]
@@ -70,7 +78,7 @@ def _xent(backend: Backend, tile: Tile | None, *arrays) -> tuple[jax.Array, jax.
 def _forward(backend, tile, *arrays):
     _, head_DN, targets_BT, _ = arrays
     with jax.named_scope("softmax_xent"):
-        sums = BACKENDS[backend.name].forward(*arrays, backend=backend, tile=tile)
+        sums = _backend(backend.name).forward(*arrays, backend=backend, tile=tile)
     known_BT = (targets_BT >= 0) & (targets_BT < head_DN.shape[1])
     return (jnp.where(known_BT, sums.logp, math.nan), sums.entropy), (arrays, sums)
 
@@ -80,7 +88,7 @@ def _backward(backend, tile, kept, given):
     hidden_BTD, _, _, temperature = arrays
     columns = ref.Given(*(x[..., None] for x in (sums.norm, sums.entropy, *given)))
     with jax.named_scope("softmax_xent_gradient"):
-        d_hidden, d_head = BACKENDS[backend.name].backward(
+        d_hidden, d_head = _backend(backend.name).backward(
             *arrays, columns, backend=backend, tile=tile
         )
     # Logits are linear in the hidden states: Σ ∂s · s over the vocabulary is ∂hidden · hidden.

@@ -16,7 +16,8 @@ from jax.sharding import AxisType
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import Backend
 
-LOGITS = 2**22  # of a tile on one device: 16 MB
+LOGITS = 2**22  # of a tile: 16 MB
+SHARED_LOGITS = 2**24  # of a tile on each device of a mesh: every tile costs a sum across them
 COLUMNS = 1024  # of a tile, at least
 LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: the difference of two such is not NaN
 
@@ -69,11 +70,12 @@ def tile_sizes(backend: Backend, hidden_BTD, head_DN, tile: tuple[int, int] | No
     """
     *batch, length, depth = hidden_BTD.shape
     rows, n = math.prod(batch), head_DN.shape[1]
-    shares = _devices()
+    devices = _devices()
+    logits = LOGITS if devices == 1 else devices * SHARED_LOGITS
 
     def heuristic():
-        tokens = min(rows * length, shares * LOGITS // COLUMNS)
-        return tokens, max(COLUMNS, shares * LOGITS // tokens)
+        tokens = min(rows * length, logits // COLUMNS)
+        return tokens, max(COLUMNS, logits // tokens)
 
     dims = {"m": rows * length, "k": depth, "vocabulary": n}
     tokens, width = tile or tuning.choose("softmax_xent_xla", dims, backend, heuristic)
