@@ -35,9 +35,9 @@ CONTROLS = Controls(np.float32(0.1), np.float32(0.01))
 
 # Every size that is cut by a mesh below is a multiple of the block on each device.
 CFG = models.model_config(
-    num_layers=2,
+    num_layers=1,
+    first_k_dense=0,
     vocab_size=14,
-    intermediate_size=16,
     mla=dataclasses.replace(
         models.model_config().mla, q_lora_rank=8, kv_lora_rank=12, v_head_dim=4
     ),
@@ -54,7 +54,7 @@ def batch(micro_batches=1):
 
 
 def train_step():
-    """A new function, which nothing has traced: (state, batch) → (state with gradients, metrics)."""
+    """A function that nothing has traced yet: (state, batch) → (state of gradients, metrics)."""
     run = functools.partial(supervised_step, optimizer=tiny.KEEP_GRADIENT, mtp_weight=0.3)
     return jax.jit(lambda state, batch: run(state, batch, CONTROLS))
 
@@ -146,6 +146,7 @@ def test_loss_and_gradients_are_those_of_numpys_products(monkeypatch):
     assert error < FLOAT32, (path, error)
 
 
+@pytest.mark.slow
 def test_it_is_near_float32_and_not_float32():
     """Gradients are some percent off: E4M3 has three bits of fraction."""
     plain = dataclasses.replace(CFG, fp8=FP8Config())
@@ -165,7 +166,7 @@ def linear_weight(path: str) -> bool:
 
 
 def test_only_linear_weights_are_quantised():
-    """A hundredth more on the smallest value of a quantised weight is lost, bit for bit."""
+    """A little more on one value: E4M3 does not see it, bit for bit, and float32 does."""
     state, (before, metrics) = start(), on_one_device()
     flat, treedef = jax.tree_util.tree_flatten_with_path(state.params)
     seen = {}
@@ -173,19 +174,19 @@ def test_only_linear_weights_are_quantised():
         name = jax.tree_util.keystr(path)
         if "norm" in name:
             continue
-        used = jnp.abs(weight)
+        size = jnp.abs(weight)
         if "embed" in name:  # a token that is there
-            used = jnp.full_like(used, jnp.inf).at[3].set(used[3])
-        at = jnp.unravel_index(jnp.argmin(used), used.shape)
+            size = jnp.zeros_like(size).at[3].set(size[3])
+        # The smallest value is not the one that a scale is made of.
+        at = jnp.argmin(size) if linear_weight(name) else jnp.argmax(size)
         moved = [w for _, w in flat]
-        moved[i] = weight.at[at].multiply(1.01)
+        moved[i] = weight.at[jnp.unravel_index(at, size.shape)].multiply(1.0003)
         params = jax.tree.unflatten(treedef, moved)
         after, found = one_step(dataclasses.replace(state, params=params), batch())
-        same = [
-            np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before.opt, after.opt)))
-        ]
+        pairs = zip(*map(jax.tree.leaves, (before.opt, after.opt)), strict=True)
+        same = [np.array_equal(a, b) for a, b in pairs]
         seen[name] = not (all(same) and found["loss"] == metrics["loss"])
-    assert len(seen) > 25
+    assert len(seen) > 20
     assert {name for name, changes in seen.items() if changes} == {
         name for name in seen if not linear_weight(name)
     }
@@ -205,8 +206,7 @@ def conversions(jaxpr) -> int:
 
 def test_nothing_else_is_quantised():
     """Two operands of every product, and the latents once more: norms, router, head have none."""
-    attention, swiglu = 2 * 7 + 1, 2 * 3
-    dense, sparse, mtp = attention + swiglu, attention + 2 * swiglu, 2
+    attention, swiglu, mtp = 2 * 7 + 1, 2 * 3, 2
     tokens = models.whole_rows(models.tokens(1, 2, 7))
 
     def both(model):
@@ -214,7 +214,7 @@ def test_nothing_else_is_quantised():
         return out, model.predict_second(out.hidden_BTD, *tokens), model.head_DN()
 
     program = jax.make_jaxpr(both)(jax.eval_shape(lambda: models.model(CFG)))
-    assert conversions(program.jaxpr) == dense + 2 * sparse + mtp
+    assert conversions(program.jaxpr) == 2 * (attention + 2 * swiglu) + mtp
     plain = dataclasses.replace(CFG, fp8=FP8Config())
     program = jax.make_jaxpr(both)(jax.eval_shape(lambda: models.model(plain)))
     assert conversions(program.jaxpr) == 0
@@ -223,8 +223,9 @@ def test_nothing_else_is_quantised():
 # ------------------------------------------------------------------------------------ how it runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "cfg", [QWEN2, pytest.param(CFG, marks=pytest.mark.slow)], ids=["qwen2", "deepseek"]
+    "cfg", [QWEN2, dataclasses.replace(CFG, num_layers=2)], ids=["qwen2", "deepseek"]
 )
 def test_scanned_unrolled_and_computed_again_it_is_the_same(cfg):
     plain = on_one_device(cfg)[0]
@@ -234,23 +235,23 @@ def test_scanned_unrolled_and_computed_again_it_is_the_same(cfg):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cfg", "tolerance"), [(QWEN2, FLOAT32), (CFG, TILES)])
-def test_micro_batches_are_one_batch(cfg, tolerance):
+@pytest.mark.parametrize("cfg", [QWEN2, CFG], ids=["qwen2", "deepseek"])
+def test_micro_batches_are_one_batch(cfg):
     """Tiles along the tokens are the same, but of the experts' rows, which are sorted anew."""
     (one, a), (more, b) = on_one_device(cfg), on_one_device(cfg, 2)
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
     found = differences(more.opt, one.opt)
-    assert max(found.values()) < tolerance, found
-    routed = [e for path, e in found.items() if "moe" in path and "shared" not in path]
-    assert max(e for e in found.values() if e not in routed) < FLOAT32 or cfg is CFG
+    routed = {path for path in found if "feed_forward']['w_" in path and cfg is CFG}
+    assert max(found[path] for path in routed) < TILES if routed else True
+    assert max(error for path, error in found.items() if path not in routed) < FLOAT32
 
 
-def check_mesh(mesh, cfg, tolerance, kind=AxisType.Auto):
-    expected, metrics = on_one_device(cfg, 2)
+def check_mesh(mesh, cfg, tolerance, *, micro_batches=2, kind=AxisType.Auto):
+    expected, metrics = on_one_device(cfg, micro_batches)
     with jax.set_mesh(make_mesh(mesh, axis_type=kind)):
         state = start(cfg)
         state = jax.device_put(state, specs(state))
-        rows = jax.device_put(batch(2), spec(None, "batch", "length"))
+        rows = jax.device_put(batch(micro_batches), spec(None, "batch", "length"))
         found, reported = one_step(state, rows)
     np.testing.assert_allclose(reported["loss"], metrics["loss"], rtol=1e-4)
     path, error = worst(found.opt, expected.opt)
@@ -258,7 +259,7 @@ def check_mesh(mesh, cfg, tolerance, kind=AxisType.Auto):
 
 
 def test_on_eight_devices():
-    check_mesh(MeshConfig(expert=2, fsdp=2, tensor=2), CFG, TILES)
+    check_mesh(MeshConfig(expert=2, fsdp=2, tensor=2), CFG, TILES, micro_batches=1)
 
 
 @pytest.mark.slow
@@ -274,7 +275,7 @@ def test_on_eight_devices():
     ids=str,
 )
 def test_on_every_kind_of_mesh(mesh, kind):
-    check_mesh(mesh, CFG, TILES, kind)
+    check_mesh(mesh, CFG, TILES, kind=kind)
 
 
 @pytest.mark.slow
