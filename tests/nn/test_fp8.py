@@ -10,11 +10,21 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from r1jax.config import FP8Config, MeshConfig, OptimConfig
+from r1jax.config import (
+    FP8Config,
+    MeshConfig,
+    OptimConfig,
+    RecipeConfig,
+    from_config_dict,
+    quickstart,
+    to_config_dict,
+)
 from r1jax.infer.decode import empty_cache, prefill, step
 from r1jax.nn import mla
+from r1jax.nn.build import blank
 from r1jax.nn.param import specs
 from r1jax.ops import experts, linear
+from r1jax.ops.linear import FP8
 from r1jax.optim import adamw
 from r1jax.parallel.mesh import make_mesh
 from r1jax.sharding import spec
@@ -30,7 +40,7 @@ FLOAT32 = 2e-3
 # Other tiles: an error of E4M3, up to a sixteenth of a value, in some other place.
 TILES = 0.1
 BLOCK = 4
-FP8 = FP8Config(enabled=True, block=BLOCK)
+ON = FP8Config(enabled=True, block=BLOCK)
 CONTROLS = Controls(np.float32(0.1), np.float32(0.01))
 
 # Every size that is cut by a mesh below is a multiple of the block on each device.
@@ -44,9 +54,9 @@ CFG = models.model_config(
     moe=dataclasses.replace(
         models.model_config().moe, n_routed_experts=8, n_group=4, moe_intermediate_size=8
     ),
-    fp8=FP8,
+    fp8=ON,
 )
-QWEN2 = models.dense_config(qwen2=True, vocab_size=14, fp8=FP8)
+QWEN2 = models.dense_config(qwen2=True, vocab_size=14, fp8=ON)
 
 
 def batch(micro_batches=1):
@@ -94,14 +104,14 @@ def by_numpy(shape, f, *args):
 
 def numpy_linear(x, w, *, block, power_of_two):
     """`fp8_linear`, all three products made by the reference."""
-    rule = (block, power_of_two)
+    rule = reference.Rule(block, power_of_two)
 
     @jax.custom_vjp
     def run(x, w):
-        return by_numpy((len(x), w.shape[1]), lambda x, w: reference.product(x, w, *rule), x, w)
+        return by_numpy((len(x), w.shape[1]), lambda x, w: reference.product(x, w, rule), x, w)
 
     def back(kept, dy):
-        both = lambda i: lambda *args: reference.gradients(*args, *rule)[i]  # noqa: E731
+        both = lambda i: lambda *args: reference.gradients(*args, rule)[i]  # noqa: E731
         return tuple(by_numpy(kept[i].shape, both(i), *kept, dy) for i in (0, 1))
 
     run.defvjp(lambda x, w: (run(x, w), (x, w)), back)
@@ -111,15 +121,15 @@ def numpy_linear(x, w, *, block, power_of_two):
 def numpy_grouped(x, w, sizes, *, block, power_of_two, tail):
     """`fp8_grouped_linear` likewise."""
     del tail
-    rule = (block, power_of_two)
+    rule = reference.Rule(block, power_of_two)
 
     @jax.custom_vjp
     def run(x, w, sizes):
-        value = lambda *args: reference.grouped(*args, *rule)  # noqa: E731
+        value = lambda *args: reference.grouped(*args, rule)  # noqa: E731
         return by_numpy((len(x), w.shape[2]), value, x, w, sizes)
 
     def back(kept, dy):
-        both = lambda i: lambda *args: reference.grouped_gradients(*args, *rule)[i]  # noqa: E731
+        both = lambda i: lambda *args: reference.grouped_gradients(*args, rule)[i]  # noqa: E731
         grads = [by_numpy(kept[i].shape, both(i), *kept, dy) for i in (0, 1)]
         return *grads, np.zeros(kept[2].shape, jax.dtypes.float0)
 
@@ -323,6 +333,18 @@ def test_it_learns_and_moments_may_be_bfloat16():
         last.append(losses[-1])
         assert losses[-1] < 0.5 * losses[0]
     assert abs(last[0] / last[1] - 1) < 0.2
+
+
+def test_one_field_turns_it_on():
+    tree = to_config_dict(quickstart())
+    tree.model.fp8.enabled = True
+    on = blank(from_config_dict(RecipeConfig, tree).model)
+    layers = on.moe_layers, on.mtp.block
+    parts = [on.mtp, on.dense_layers.feed_forward, on.dense_layers.attention]
+    parts += [part for x in layers for part in (x.attention, x.feed_forward, x.feed_forward.shared)]
+    assert {part.fp8 for part in parts} == {FP8(128, False)}
+    off = blank(quickstart().model)
+    assert off.mtp.fp8 is off.moe_layers.feed_forward.fp8 is None
 
 
 def test_bad_blocks_are_refused():
