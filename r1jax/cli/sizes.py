@@ -5,6 +5,7 @@ from typing import Any, TextIO
 
 from r1jax.config import DenseConfig
 from r1jax.nn.count import bytes_by_dtype, cached_values, size
+from r1jax.nn.memory import by_format
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -22,6 +23,11 @@ def facts(cfg: Any, module: Any) -> dict[str, Any]:
         "active_parameters": s.active,
         "mtp_parameters": s.mtp,
         "bytes": stored,
+        "bytes_by_format": {
+            name: {"weights": found.weights, "kept_per_token": found.kept}
+            for name, found in by_format(cfg).items()
+        },
+        "fp8_block": cfg.fp8.block,
         "cache_values_per_token_and_layer": cached_values(cfg),
         "cache_bytes_per_token": s.cache_values * BYTES[cfg.dtype],
         "cache_dtype": cfg.dtype,
@@ -44,6 +50,7 @@ def write_facts(found: dict[str, Any], out: TextIO) -> None:
         rows.append(("MTP module", f"{short(mtp)} ({mtp:,}), embedding and head shared"))
     for dtype, n in sorted(found["bytes"].items()):
         rows.append((f"bytes in {dtype}", f"{n / 1e9:,.3f} GB"))
+    rows += _formats(found["bytes_by_format"], found["fp8_block"])
     values, layers = found["cache_values_per_token_and_layer"], found["layers"]
     rows += [
         (
@@ -57,6 +64,21 @@ def write_facts(found: dict[str, Any], out: TextIO) -> None:
     ]
     for name, value in rows:
         print(f"{name:16} {value}", file=out)
+
+
+def _formats(found: dict[str, dict[str, float]], block: int) -> list[tuple[str, str]]:
+    """Weights, and what linear layers keep of one token for the backward pass, by format."""
+    rows, whole = [], found["float32"]
+    for name, one in found.items():
+        size = {"weights": f"{one['weights'] / 1e9:,.3f} GB"}
+        size["kept_per_token"] = f"{one['kept_per_token'] / 1e3:,.1f} kB"
+        for key in size:
+            less = 1 - one[key] / whole[key]
+            size[key] += f" ({less:.1%} less)" if name != "float32" else ""
+        text = f"weights {size['weights']}, activations kept {size['kept_per_token']}"
+        note = f" a token; blocks of {block}" if name == "fp8" else " a token"
+        rows.append(("FP8" if name == "fp8" else name, text + note))
+    return rows
 
 
 def short(n: float) -> str:

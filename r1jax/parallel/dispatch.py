@@ -126,7 +126,7 @@ def _once(x_TD, index_TK, weight_TK, weights, *, reach, slack, sparse, fp8):
     size = room(*index_TK.shape, ranks, held, reach=reach, slack=slack)
     operands = (x_TD, index_TK, weight_TK, weights)
     if not (platform() == "tpu" if sparse is None else sparse):
-        return _gathered(*operands, size, fp8), none
+        return _gathered(*operands, size, fp8=fp8), none
     rank_TK = index_TK // held
     where = slots(rank_TK, ranks, size.sent)
     (axis,) = carriers("expert")
@@ -137,7 +137,7 @@ def _once(x_TD, index_TK, weight_TK, weights, *, reach, slack, sparse, fp8):
     over = total(over.astype(jnp.float32), "batch", "length", "heads") > 0  # of the whole mesh
     y_TD = jax.lax.cond(
         over,
-        lambda *operands: _gathered(*operands, size, fp8),
+        lambda *operands: _gathered(*operands, size, fp8=fp8),
         lambda *operands: _sparse(*operands, size, where=where, counts_nn=counts_nn, fp8=fp8),
         *operands,
     )
@@ -158,7 +158,7 @@ def _sparse(x_TD, index_TK, weight_TK, weights, size: Room, *, where, counts_nn,
         return summed(back_SD, where)
 
 
-def _gathered(x_TD, index_TK, weight_TK, weights, size: Room, fp8: FP8 | None):
+def _gathered(x_TD, index_TK, weight_TK, weights, size: Room, *, fp8):
     axis, ranks, held = carriers("expert"), count("expert"), weights[0].shape[0]
     t, k = index_TK.shape
     most = max(size.computed // (ranks * min(k, held)), 1)  # tokens of a rank at a time

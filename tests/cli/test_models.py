@@ -60,6 +60,8 @@ def test_info_counts_the_same_before_and_after_import(folder, tmp_path, capsys):
     after = json.loads(said(capsys, "info", tmp_path / "ours", "--json")[0])
     assert before["parameters"] == after["parameters"] > before["active_parameters"] > 0
     assert before != after, "the bytes are of another dtype"
+    assert before["bytes_by_format"] == after["bytes_by_format"]
+    assert "\nFP8  " in said(capsys, "info", folder)[0]
 
 
 def test_generate_prints_the_answer_and_json_the_same(folder, capsys):

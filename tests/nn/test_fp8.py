@@ -10,11 +10,21 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from r1jax.config import FP8Config, MeshConfig, OptimConfig
+from r1jax.config import (
+    FP8Config,
+    MeshConfig,
+    OptimConfig,
+    RecipeConfig,
+    from_config_dict,
+    quickstart,
+    to_config_dict,
+)
 from r1jax.infer.decode import empty_cache, prefill, step
 from r1jax.nn import mla
+from r1jax.nn.build import blank
 from r1jax.nn.param import specs
 from r1jax.ops import experts, linear
+from r1jax.ops.linear import FP8
 from r1jax.optim import adamw
 from r1jax.parallel.mesh import make_mesh
 from r1jax.sharding import spec
@@ -30,23 +40,23 @@ FLOAT32 = 2e-3
 # Other tiles: an error of E4M3, up to a sixteenth of a value, in some other place.
 TILES = 0.1
 BLOCK = 4
-FP8 = FP8Config(enabled=True, block=BLOCK)
+ON = FP8Config(enabled=True, block=BLOCK)
 CONTROLS = Controls(np.float32(0.1), np.float32(0.01))
 
 # Every size that is cut by a mesh below is a multiple of the block on each device.
 CFG = models.model_config(
-    num_layers=2,
+    num_layers=1,
+    first_k_dense=0,
     vocab_size=14,
-    intermediate_size=16,
     mla=dataclasses.replace(
         models.model_config().mla, q_lora_rank=8, kv_lora_rank=12, v_head_dim=4
     ),
     moe=dataclasses.replace(
         models.model_config().moe, n_routed_experts=8, n_group=4, moe_intermediate_size=8
     ),
-    fp8=FP8,
+    fp8=ON,
 )
-QWEN2 = models.dense_config(qwen2=True, vocab_size=14, fp8=FP8)
+QWEN2 = models.dense_config(qwen2=True, vocab_size=14, fp8=ON)
 
 
 def batch(micro_batches=1):
@@ -54,7 +64,7 @@ def batch(micro_batches=1):
 
 
 def train_step():
-    """A new function, which nothing has traced: (state, batch) → (state with gradients, metrics)."""
+    """A function that nothing has traced yet: (state, batch) → (state of gradients, metrics)."""
     run = functools.partial(supervised_step, optimizer=tiny.KEEP_GRADIENT, mtp_weight=0.3)
     return jax.jit(lambda state, batch: run(state, batch, CONTROLS))
 
@@ -94,14 +104,14 @@ def by_numpy(shape, f, *args):
 
 def numpy_linear(x, w, *, block, power_of_two):
     """`fp8_linear`, all three products made by the reference."""
-    rule = (block, power_of_two)
+    rule = reference.Rule(block, power_of_two)
 
     @jax.custom_vjp
     def run(x, w):
-        return by_numpy((len(x), w.shape[1]), lambda x, w: reference.product(x, w, *rule), x, w)
+        return by_numpy((len(x), w.shape[1]), lambda x, w: reference.product(x, w, rule), x, w)
 
     def back(kept, dy):
-        both = lambda i: lambda *args: reference.gradients(*args, *rule)[i]  # noqa: E731
+        both = lambda i: lambda *args: reference.gradients(*args, rule)[i]  # noqa: E731
         return tuple(by_numpy(kept[i].shape, both(i), *kept, dy) for i in (0, 1))
 
     run.defvjp(lambda x, w: (run(x, w), (x, w)), back)
@@ -111,15 +121,15 @@ def numpy_linear(x, w, *, block, power_of_two):
 def numpy_grouped(x, w, sizes, *, block, power_of_two, tail):
     """`fp8_grouped_linear` likewise."""
     del tail
-    rule = (block, power_of_two)
+    rule = reference.Rule(block, power_of_two)
 
     @jax.custom_vjp
     def run(x, w, sizes):
-        value = lambda *args: reference.grouped(*args, *rule)  # noqa: E731
+        value = lambda *args: reference.grouped(*args, rule)  # noqa: E731
         return by_numpy((len(x), w.shape[2]), value, x, w, sizes)
 
     def back(kept, dy):
-        both = lambda i: lambda *args: reference.grouped_gradients(*args, *rule)[i]  # noqa: E731
+        both = lambda i: lambda *args: reference.grouped_gradients(*args, rule)[i]  # noqa: E731
         grads = [by_numpy(kept[i].shape, both(i), *kept, dy) for i in (0, 1)]
         return *grads, np.zeros(kept[2].shape, jax.dtypes.float0)
 
@@ -146,6 +156,7 @@ def test_loss_and_gradients_are_those_of_numpys_products(monkeypatch):
     assert error < FLOAT32, (path, error)
 
 
+@pytest.mark.slow
 def test_it_is_near_float32_and_not_float32():
     """Gradients are some percent off: E4M3 has three bits of fraction."""
     plain = dataclasses.replace(CFG, fp8=FP8Config())
@@ -165,7 +176,7 @@ def linear_weight(path: str) -> bool:
 
 
 def test_only_linear_weights_are_quantised():
-    """A hundredth more on the smallest value of a quantised weight is lost, bit for bit."""
+    """A little more on one value: E4M3 does not see it, bit for bit, and float32 does."""
     state, (before, metrics) = start(), on_one_device()
     flat, treedef = jax.tree_util.tree_flatten_with_path(state.params)
     seen = {}
@@ -173,19 +184,19 @@ def test_only_linear_weights_are_quantised():
         name = jax.tree_util.keystr(path)
         if "norm" in name:
             continue
-        used = jnp.abs(weight)
+        size = jnp.abs(weight)
         if "embed" in name:  # a token that is there
-            used = jnp.full_like(used, jnp.inf).at[3].set(used[3])
-        at = jnp.unravel_index(jnp.argmin(used), used.shape)
+            size = jnp.zeros_like(size).at[3].set(size[3])
+        # The smallest value is not the one that a scale is made of.
+        at = jnp.argmin(size) if linear_weight(name) else jnp.argmax(size)
         moved = [w for _, w in flat]
-        moved[i] = weight.at[at].multiply(1.01)
+        moved[i] = weight.at[jnp.unravel_index(at, size.shape)].multiply(1.0003)
         params = jax.tree.unflatten(treedef, moved)
         after, found = one_step(dataclasses.replace(state, params=params), batch())
-        same = [
-            np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before.opt, after.opt)))
-        ]
+        pairs = zip(*map(jax.tree.leaves, (before.opt, after.opt)), strict=True)
+        same = [np.array_equal(a, b) for a, b in pairs]
         seen[name] = not (all(same) and found["loss"] == metrics["loss"])
-    assert len(seen) > 25
+    assert len(seen) > 20
     assert {name for name, changes in seen.items() if changes} == {
         name for name in seen if not linear_weight(name)
     }
@@ -205,8 +216,7 @@ def conversions(jaxpr) -> int:
 
 def test_nothing_else_is_quantised():
     """Two operands of every product, and the latents once more: norms, router, head have none."""
-    attention, swiglu = 2 * 7 + 1, 2 * 3
-    dense, sparse, mtp = attention + swiglu, attention + 2 * swiglu, 2
+    attention, swiglu, mtp = 2 * 7 + 1, 2 * 3, 2
     tokens = models.whole_rows(models.tokens(1, 2, 7))
 
     def both(model):
@@ -214,7 +224,7 @@ def test_nothing_else_is_quantised():
         return out, model.predict_second(out.hidden_BTD, *tokens), model.head_DN()
 
     program = jax.make_jaxpr(both)(jax.eval_shape(lambda: models.model(CFG)))
-    assert conversions(program.jaxpr) == dense + 2 * sparse + mtp
+    assert conversions(program.jaxpr) == 2 * (attention + 2 * swiglu) + mtp
     plain = dataclasses.replace(CFG, fp8=FP8Config())
     program = jax.make_jaxpr(both)(jax.eval_shape(lambda: models.model(plain)))
     assert conversions(program.jaxpr) == 0
@@ -223,8 +233,9 @@ def test_nothing_else_is_quantised():
 # ------------------------------------------------------------------------------------ how it runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "cfg", [QWEN2, pytest.param(CFG, marks=pytest.mark.slow)], ids=["qwen2", "deepseek"]
+    "cfg", [QWEN2, dataclasses.replace(CFG, num_layers=2)], ids=["qwen2", "deepseek"]
 )
 def test_scanned_unrolled_and_computed_again_it_is_the_same(cfg):
     plain = on_one_device(cfg)[0]
@@ -234,23 +245,23 @@ def test_scanned_unrolled_and_computed_again_it_is_the_same(cfg):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cfg", "tolerance"), [(QWEN2, FLOAT32), (CFG, TILES)])
-def test_micro_batches_are_one_batch(cfg, tolerance):
+@pytest.mark.parametrize("cfg", [QWEN2, CFG], ids=["qwen2", "deepseek"])
+def test_micro_batches_are_one_batch(cfg):
     """Tiles along the tokens are the same, but of the experts' rows, which are sorted anew."""
     (one, a), (more, b) = on_one_device(cfg), on_one_device(cfg, 2)
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
     found = differences(more.opt, one.opt)
-    assert max(found.values()) < tolerance, found
-    routed = [e for path, e in found.items() if "moe" in path and "shared" not in path]
-    assert max(e for e in found.values() if e not in routed) < FLOAT32 or cfg is CFG
+    routed = {path for path in found if "feed_forward']['w_" in path and cfg is CFG}
+    assert max(found[path] for path in routed) < TILES if routed else True
+    assert max(error for path, error in found.items() if path not in routed) < FLOAT32
 
 
-def check_mesh(mesh, cfg, tolerance, kind=AxisType.Auto):
-    expected, metrics = on_one_device(cfg, 2)
+def check_mesh(mesh, cfg, tolerance, *, micro_batches=2, kind=AxisType.Auto):
+    expected, metrics = on_one_device(cfg, micro_batches)
     with jax.set_mesh(make_mesh(mesh, axis_type=kind)):
         state = start(cfg)
         state = jax.device_put(state, specs(state))
-        rows = jax.device_put(batch(2), spec(None, "batch", "length"))
+        rows = jax.device_put(batch(micro_batches), spec(None, "batch", "length"))
         found, reported = one_step(state, rows)
     np.testing.assert_allclose(reported["loss"], metrics["loss"], rtol=1e-4)
     path, error = worst(found.opt, expected.opt)
@@ -258,7 +269,7 @@ def check_mesh(mesh, cfg, tolerance, kind=AxisType.Auto):
 
 
 def test_on_eight_devices():
-    check_mesh(MeshConfig(expert=2, fsdp=2, tensor=2), CFG, TILES)
+    check_mesh(MeshConfig(expert=2, fsdp=2, tensor=2), CFG, TILES, micro_batches=1)
 
 
 @pytest.mark.slow
@@ -274,7 +285,7 @@ def test_on_eight_devices():
     ids=str,
 )
 def test_on_every_kind_of_mesh(mesh, kind):
-    check_mesh(mesh, CFG, TILES, kind)
+    check_mesh(mesh, CFG, TILES, kind=kind)
 
 
 @pytest.mark.slow
@@ -322,6 +333,18 @@ def test_it_learns_and_moments_may_be_bfloat16():
         last.append(losses[-1])
         assert losses[-1] < 0.5 * losses[0]
     assert abs(last[0] / last[1] - 1) < 0.2
+
+
+def test_one_field_turns_it_on():
+    tree = to_config_dict(quickstart())
+    tree.model.fp8.enabled = True
+    on = blank(from_config_dict(RecipeConfig, tree).model)
+    layers = on.moe_layers, on.mtp.block
+    parts = [on.mtp, on.dense_layers.feed_forward, on.dense_layers.attention]
+    parts += [part for x in layers for part in (x.attention, x.feed_forward, x.feed_forward.shared)]
+    assert {part.fp8 for part in parts} == {FP8(128, False)}
+    off = blank(quickstart().model)
+    assert off.mtp.fp8 is off.moe_layers.feed_forward.fp8 is None
 
 
 def test_bad_blocks_are_refused():

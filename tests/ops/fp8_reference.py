@@ -2,8 +2,17 @@
 """The FP8 recipe in plain numpy: operands quantised and dequantised one tile at a time, sums in
 float64. Shares no code with what it is a reference for."""
 
+from typing import NamedTuple
+
 import ml_dtypes
 import numpy as np
+
+
+class Rule(NamedTuple):
+    """Length of tiles and side of blocks; whether the scales of tiles are powers of two."""
+
+    block: int
+    power_of_two: bool = False
 
 
 def _seen(piece: np.ndarray, power_of_two: bool) -> np.ndarray:
@@ -38,15 +47,15 @@ def blocks(w_KN: np.ndarray, block: int) -> np.ndarray:
     return out
 
 
-def product(x_MK, w_KN, block: int, power_of_two: bool) -> np.ndarray:
+def product(x_MK, w_KN, rule: Rule) -> np.ndarray:
     """y = x w."""
-    return tiles(x_MK, block, power_of_two) @ blocks(w_KN, block)
+    return tiles(x_MK, *rule) @ blocks(w_KN, rule.block)
 
 
-def gradients(x_MK, w_KN, dy_MN, block: int, power_of_two: bool):
+def gradients(x_MK, w_KN, dy_MN, rule: Rule):
     """(dx, dw)"""
-    across = lambda x: tiles(np.asarray(x).T, block, power_of_two)  # noqa: E731
-    dx = tiles(dy_MN, block, power_of_two) @ blocks(w_KN, block).T
+    across = lambda x: tiles(np.asarray(x).T, *rule)  # noqa: E731
+    dx = tiles(dy_MN, *rule) @ blocks(w_KN, rule.block).T
     return dx, across(x_MK) @ across(dy_MN).T
 
 
@@ -56,22 +65,22 @@ def groups(sizes_E: np.ndarray) -> list[slice]:
     return [slice(end - size, end) for end, size in zip(ends, sizes_E, strict=True)]
 
 
-def grouped(x_MK, w_EKN, sizes_E, block: int, power_of_two: bool) -> np.ndarray:
+def grouped(x_MK, w_EKN, sizes_E, rule: Rule) -> np.ndarray:
     """y_m = x_m w of its expert; zeros behind the last."""
     y_MN = np.zeros((len(x_MK), w_EKN.shape[2]))
     for w, own in zip(w_EKN, groups(sizes_E), strict=True):
-        y_MN[own] = product(np.asarray(x_MK)[own], w, block, power_of_two)
+        y_MN[own] = product(np.asarray(x_MK)[own], w, rule)
     return y_MN
 
 
-def grouped_gradients(x_MK, w_EKN, sizes_E, dy_MN, block: int, power_of_two: bool):
+def grouped_gradients(x_MK, w_EKN, sizes_E, dy_MN, rule: Rule):
     """(dx, dw): tiles along the rows go over the borders between experts."""
     real = (np.arange(len(x_MK)) < sizes_E.sum())[:, None]
     x_MK, dy_MN = np.where(real, x_MK, 0), np.where(real, dy_MN, 0)
-    across = lambda x: tiles(x.T, block, power_of_two).T  # noqa: E731
+    across = lambda x: tiles(x.T, *rule).T  # noqa: E731
     x_seen, dy_seen = across(x_MK), across(dy_MN)
     dx_MK, dw_EKN = np.zeros(x_MK.shape), np.zeros(w_EKN.shape)
     for e, own in enumerate(groups(sizes_E)):
-        dx_MK[own] = tiles(dy_MN[own], block, power_of_two) @ blocks(w_EKN[e], block).T
+        dx_MK[own] = tiles(dy_MN[own], *rule) @ blocks(w_EKN[e], rule.block).T
         dw_EKN[e] = x_seen[own].T @ dy_seen[own]
     return dx_MK, dw_EKN
