@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from r1jax.config import RejectionConfig, RewardConfig
+from r1jax.config import RejectionConfig, RewardConfig, UpdateConfig
 from r1jax.data import corpus
 from r1jax.data.tasks import arithmetic
 from r1jax.data.template import completion
@@ -99,7 +99,12 @@ def rows(out):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in found]
 
 
-@pytest.mark.parametrize("stage", [supervised, grpo])
+def refilled(run):
+    """DAPO: no reference is held, and a step may take several batches of questions."""
+    return grpo(run, update=UpdateConfig(objective="dapo", beta=0.0), refill=1)
+
+
+@pytest.mark.parametrize("stage", [supervised, grpo, refilled])
 @pytest.mark.parametrize(("at", "how", "every"), [(3, "signal", 1e9), (4, "fault", 0.0)])
 def test_a_resumed_stage_is_the_uninterrupted_one(tmp_path, stage, at, how, every):
     """Parameters, moments, router, reference, data, noise, and every number logged."""
