@@ -73,8 +73,8 @@ def _formats(found: dict[str, dict[str, float]], block: int) -> list[tuple[str, 
         size = {"weights": f"{one['weights'] / 1e9:,.3f} GB"}
         size["kept_per_token"] = f"{one['kept_per_token'] / 1e3:,.1f} kB"
         for key in size:
-            less = 1 - one[key] / whole[key]
-            size[key] += f" ({less:.1%} less)" if name != "float32" else ""
+            more = one[key] / whole[key] - 1
+            size[key] += f" ({abs(more):.1%} {'more' if more > 0 else 'less'})" if more else ""
         text = f"weights {size['weights']}, activations kept {size['kept_per_token']}"
         note = f" a token; blocks of {block}" if name == "fp8" else " a token"
         rows.append(("FP8" if name == "fp8" else name, text + note))
