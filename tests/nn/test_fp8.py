@@ -57,7 +57,7 @@ CFG = models.model_config(
     ),
     fp8=ON,
 )
-QWEN2 = models.dense_config(qwen2=True, vocab_size=14, fp8=ON)
+QWEN2 = models.dense_config(qwen2=True, vocab_size=14, intermediate_size=16, fp8=ON)
 
 
 def batch(micro_batches=1):
