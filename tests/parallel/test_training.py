@@ -229,4 +229,8 @@ def test_rollout_and_grpo_on_the_trainers_mesh(mesh, kind):
         np.testing.assert_array_equal(found.tokens_BT, expected.tokens_BT)
         assert_same(found, expected)
         again = reinforced(CFG, state, found)
+    # How far the sampler's program rounds otherwise than the trainer's: rounding on every mesh, and
+    # nothing that two meshes could have in common.
+    for _, metrics in (again, stepped):
+        assert metrics.pop("sampler_error") < FLOAT32
     assert_same(again, stepped)
