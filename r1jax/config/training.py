@@ -144,6 +144,9 @@ class RewardConfig:
 
     def __post_init__(self):
         positive(self, "overlong_buffer")
+        names = ("accuracy", "format", "language", "overlong", "repetition", "model")
+        if not any(vars(self)[name] for name in names):
+            raise ValueError(f"every weight of reward is 0; set one of {', '.join(names)}")
         if self.model_from < 0:
             raise ValueError(f"reward.model_from must be >= 0, got {self.model_from}")
         if bool(self.model) != bool(self.model_path):

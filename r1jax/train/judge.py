@@ -94,9 +94,12 @@ class Rules:
         def verdict() -> Verdict:
             parts = {} if pending is None else {"accuracy": pending()}
             parts |= found
-            weights = [getattr(self.cfg, name) for name in parts]
+            weights = [vars(self.cfg)[name] for name in parts]
             shown = {name: float(x_B.mean()) for name, x_B in parts.items()}
-            return Verdict(combine(weights, *parts.values()), shown | self._seen(done))
+            # Before `model_from` there may be none.
+            none_B = np.zeros(len(done.texts), np.float32)
+            reward_B = combine([1.0, *weights], none_B, *parts.values())
+            return Verdict(reward_B, shown | self._seen(done))
 
         return verdict
 

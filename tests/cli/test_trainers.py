@@ -96,6 +96,7 @@ def folder(monkeypatch, tmp_path):
         ("grpo", "grpo.update.kl=k4", r"kl must be one of k1, k2, k3"),
         ("grpo", "grpo.reward.acuracy=1.0", r"no config field .*acuracy; near: .*accuracy"),
         ("grpo", "grpo.update.minibatches=3", r"=128 must be divisible by .*minibatches.*=3"),
+        ("grpo", "grpo.reward.accuracy=0.0 grpo.reward.format=0.0", r"every weight of reward is 0"),
         ("grpo", "grpo.pieces=3", r"prompts=16 must be divisible by pieces=3"),
         ("grpo", "grpo.reward.model=1.0", r"reward.model=1.0 and reward.model_path='' belong"),
         ("grpo", "data.dataset=gsm8k", r"data.dataset='gsm8k' needs data.path"),
@@ -109,7 +110,7 @@ def folder(monkeypatch, tmp_path):
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_line(capsys, folder, file, flag, said):
-    flags = [f"--config.{flag}"] if flag else []
+    flags = [f"--config.{one}" for one in flag.split()]
     before = {p.name for p in folder.iterdir()}
     status = main(["train", f"--config={file}.py", "--out=run", *flags])
     out, err = capsys.readouterr()
