@@ -112,8 +112,9 @@ def run(args: argparse.Namespace, opened: Callable[[argparse.Namespace], Any]) -
     guard = evaluation if args.decontaminate else None
     items, asked = _items(args, model, questions, guard, task)
     asked["unreadable"] = unreadable
-    outdir.claim(args.out, config, force=args.force)
-    _show(_sampled(args, model, (items, asked), settings, guard), args)
+    with outdir.held(args.out, config, force=args.force):
+        statistics = _sampled(args, model, (items, asked), settings, guard)
+    _show(statistics, args)
 
 
 def _task(args: argparse.Namespace) -> str | None:

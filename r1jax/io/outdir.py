@@ -11,14 +11,18 @@ and of rejection sampling:
     samples/  traces.jsonl  pairs.jsonl
     statistics.json  written last
 
-The same command resumes; another config, or a folder that is not ours, is refused; nothing is
-overwritten unless asked, and then only these names are deleted.
+The same command resumes; another config, or a folder that is not ours, is refused; so is a folder
+in which another process is at work; nothing is overwritten unless asked, and then only these names
+are deleted.
 """
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +32,7 @@ MARKER = "run.json"
 SUMMARY = "summary.json"
 SAMPLES, TRACES, STATISTICS = "samples", "traces.jsonl", "statistics.json"
 PAIRS = "pairs.jsonl"
+LOCK = ".lock"
 # All that a run leaves in its folder, and all that `force` deletes.
 ARTEFACTS = (
     MARKER,
@@ -92,8 +97,7 @@ def claim(out: str | Path, config: Mapping[str, Any], *, force: bool = False) ->
       ValueError: as `inspect`, or the folder cannot be written.
     """
     out = Path(out)
-    anew = force and _marker(out) is not None
-    state = "new" if anew else inspect(out, config)
+    state = _found(out, config, force)
     if state == "finished":
         return state  # nothing will be written: reading is enough
     try:
@@ -106,6 +110,66 @@ def claim(out: str | Path, config: Mapping[str, Any], *, force: bool = False) ->
     except OSError as error:
         raise _unwritable(out, error) from error
     return state
+
+
+@contextlib.contextmanager
+def held(out: str | Path, config: Mapping[str, Any], *, force: bool = False) -> Iterator[State]:
+    """`claim`s the folder, and keeps other processes from claiming it while the context lasts.
+
+    The lock is the kernel's (flock): it is gone with its process, however that ends. On a file
+    system that has no locks there is none.
+
+    Args:
+      as `claim`.
+
+    Yields:
+      as `claim` returns.
+
+    Raises:
+      ValueError: as `claim`, or another process is at work in the folder.
+    """
+    out = Path(out)
+    if _found(out, config, force) == "finished":
+        yield "finished"
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = _locked(out / LOCK)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    try:
+        yield claim(out, config, force=force)
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _found(out: Path, config: Mapping[str, Any], force: bool) -> State:
+    """As `inspect`; with `force` a run of any config is as good as nothing."""
+    return "new" if force and _marker(out) is not None else inspect(out, config)
+
+
+def _locked(path: Path) -> int:
+    """A descriptor that holds the lock at `path`."""
+    while True:
+        lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise ValueError(
+                f"out={str(path.parent)!r}: another process is at work in it; wait for its end or "
+                "choose another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+                os.close(lock)
+                raise
+            return lock
+        with contextlib.suppress(OSError):  # its last holder may have deleted it a moment ago
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                return lock
+        os.close(lock)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -132,12 +196,13 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _names(out: Path) -> set[str]:
-    """What lies in the folder, our own unfinished drafts and the desktop's droppings left out."""
+    """What lies in the folder but the lock, unfinished drafts and the desktop's droppings."""
     try:
         names = {p.name for p in out.iterdir()} if out.exists() else set()
     except OSError as error:  # a file, or a folder that may not be read
         raise _unwritable(out, error) from error
-    return {n for n in names if not (n.startswith(".") and n.endswith((".draft", "DS_Store")))}
+    ours = (LOCK, ".draft", "DS_Store")
+    return {n for n in names if not (n.startswith(".") and n.endswith(ours))}
 
 
 def _marker(out: Path) -> dict[str, Any] | None:

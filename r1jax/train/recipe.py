@@ -73,14 +73,14 @@ def run(
         The summary, as in `summary.json`.
 
     Raises:
-        ValueError: the folder belongs to something else, or the config cannot be run.
+        ValueError: the folder belongs to something else or another process is at work in it, or
+            the config cannot be run.
         StageFailed: a stage has nothing to start from; the message names the field to change.
         KeyboardInterrupt: after saving.
     """
     recipe = Recipe(cfg, Path(out), display or Silent())
-    if outdir.claim(out, recipe.run.config, force=force) == "finished":
-        return read_summary(out)
-    return recipe.all_stages()
+    with outdir.held(out, recipe.run.config, force=force) as found:
+        return read_summary(out) if found == "finished" else recipe.all_stages()
 
 
 class Recipe:

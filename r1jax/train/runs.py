@@ -79,8 +79,8 @@ def run_trainer(
         The summary, as in `summary.json`.
 
     Raises:
-        ValueError: the folder belongs to something else, or the model, the data and the config do
-            not go together.
+        ValueError: the folder belongs to something else or another process is at work in it, or
+            the model, the data and the config do not go together.
         KeyboardInterrupt: after saving.
     """
     as_dict = to_config_dict(cfg).to_dict()
@@ -88,11 +88,10 @@ def run_trainer(
     if not force and outdir.inspect(out, as_dict) == "finished":
         return read_summary(out)
     start = open_start(cfg.start)  # what is wrong is refused before anything is written
-    with _trainer(cfg, run, start) as train:
-        outdir.claim(out, as_dict, force=force)
+    with _trainer(cfg, run, start) as train, outdir.held(out, as_dict, force=force):
         records = train()
-    summary = write_summary(run.out, {"stages": records, "seed": cfg.seed, "config": as_dict})
-    draw_curves(run.out / "curves.png", metrics.read(run.out / "metrics.jsonl"), cfg.trainer)
+        summary = write_summary(run.out, {"stages": records, "seed": cfg.seed, "config": as_dict})
+        draw_curves(run.out / "curves.png", metrics.read(run.out / "metrics.jsonl"), cfg.trainer)
     return summary
 
 

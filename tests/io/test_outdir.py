@@ -2,6 +2,9 @@
 """Output folders: new, resumed, finished or refused; nothing deleted that is not ours."""
 
 import json
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -104,6 +107,51 @@ def test_paths_that_cannot_be_written_are_refused(tmp_path):
     for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/no_such_folder"):
         with pytest.raises(ValueError, match=r"out='.*' cannot be used: .*; choose another --out"):
             outdir.claim(out, CONFIG)
+
+
+HOLDER = """
+    import sys, time
+    from r1jax.io import outdir
+    with outdir.held(sys.argv[1], {"seed": 0, "model": {"hidden_size": 64}}) as found:
+        print(found, flush=True)
+        time.sleep(600)
+"""
+
+
+def test_of_two_processes_one_is_refused_until_the_other_is_dead(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "new\n"
+        before = tree(out)
+        for force in (False, True):
+            refused = pytest.raises(ValueError, match="another process is at work in it")
+            with refused, outdir.held(out, CONFIG, force=force):
+                pass
+        assert tree(out) == before
+        other.kill()
+    with outdir.held(out, CONFIG) as found:
+        assert found == "resume"
+    assert {p.name for p in out.iterdir()} == {outdir.MARKER}
+
+
+def test_the_lock_goes_with_its_context_and_a_finished_run_needs_none(tmp_path):
+    with pytest.raises(KeyboardInterrupt), outdir.held(tmp_path, CONFIG):
+        raise KeyboardInterrupt
+    with outdir.held(tmp_path, CONFIG) as found:
+        assert found == "resume"
+        finished_run(tmp_path)
+    before = tree(tmp_path)
+    with outdir.held(tmp_path, CONFIG) as found, outdir.held(tmp_path, CONFIG):
+        assert found == "finished"
+        assert tree(tmp_path) == before
+
+
+def test_a_lock_does_not_touch_a_folder_that_is_not_ours(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not a run of r1jax"), outdir.held(tmp_path, CONFIG):
+        pass
+    assert {p.name for p in tmp_path.iterdir()} == {"notes.txt"}
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

@@ -35,7 +35,7 @@ def arguments(t, d, n, dtype="float32", seed=0):
 
 
 def true(hidden, head, targets, given, temperature):
-    """(log P, H, ∂hidden, ∂head, ∂temperature) in float64 from the whole [T, N] softmax, and Σ |∂s · s|."""
+    """(log P, H, ∂hidden, ∂head, ∂temperature) in float64, by the whole [T, N], and Σ |∂s · s|."""
     hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
     g, h = given
     s = hidden @ head / temperature
@@ -48,7 +48,14 @@ def true(hidden, head, targets, given, temperature):
     one_hot[rows, targets] = 1
     ds = g[:, None] * (one_hot - p) - h[:, None] * p * (np.where(p > 0, logp, 0) + entropy[:, None])
     ds /= temperature
-    return logp[rows, targets], entropy, ds @ head.T, hidden.T @ ds, -(ds * s).sum(), np.abs(ds * s).sum()
+    return (
+        logp[rows, targets],
+        entropy,
+        ds @ head.T,
+        hidden.T @ ds,
+        -(ds * s).sum(),
+        np.abs(ds * s).sum(),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -68,7 +75,9 @@ def check(t, d, n, tile, *, backend, dtype="float32", temperature=0.7, seed=0):
     rounded = FLOAT32_ERROR if dtype == "float32" else 2 * BFLOAT16_ERROR
     *want, slope, terms = true(*arrays, (g, h), temperature)
     for x, y, most in zip(got[:-1], want, (FLOAT32_ERROR,) * 2 + (rounded,) * 2, strict=True):
-        assert error(x, y) < most or np.abs(x - y).max() < most  # one column: nothing but rounding is left
+        assert (
+            error(x, y) < most or np.abs(x - y).max() < most
+        )  # one column: nothing but rounding is left
     # The temperature's Σ ∂s · s may cancel to nothing: what counts is the error of the terms.
     assert abs(got[-1] - slope) < rounded * terms + FLOAT32_ERROR
 

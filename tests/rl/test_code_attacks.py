@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from r1jax.rl.rewards import bubblewrap
 from r1jax.rl.rewards.code import FunctionTests, ScriptTests, code_reward, submit_code
 from r1jax.rl.rewards.sandbox import Limits, Sandbox
 
@@ -60,29 +61,45 @@ SCRIPT_TESTS = ScriptTests((("3\n-8\n1000\n", "6\n-16\n2000\n"), ("1\n2\n3\n", "
 
 # What is left out: as in a container that allows no namespaces, where the filter is refused, …
 FENCES = {
-    "all": (),
-    "no namespaces": ("user", "network", "ipc", "files", "pid"),
-    "no filters": ("seccomp", "landlock"),
+    "all": ("bubblewrap",),
+    "no namespaces": ("bubblewrap", "user", "network", "ipc", "files", "pid"),
+    "no filters": ("bubblewrap", "seccomp", "landlock"),
+    "bubblewrap": (),
+    "bubblewrap for namespaces": ("user", "network", "ipc", "files", "pid"),
 }
 # Tricks that one layer alone stops; without it they are answered by the docs of `sandbox`.
 OPEN = {
     "no namespaces": {"root's home"} if os.getuid() else set(),
+    "bubblewrap for namespaces": {"root's home"} if os.getuid() else set(),
     "no filters": {"keyring", "own user namespace"},
 }
+
+
+def words_of(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def is_warden(pid, parent):
+    """What we started, or bubblewrap started for us; a program in it has a warden above it."""
+    wraps = [words_of(p).partition(b"\0")[0].endswith(b"bwrap") for p in (pid, parent)]
+    return parent == os.getpid() or any(wraps)
 
 
 def leftovers(homes):
     """Processes of our wardens other than the wardens, and what attacks start."""
     found = []
     for pid in (name for name in os.listdir("/proc") if name.isdigit()):
+        words = words_of(pid)
         try:
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                words = file.read()
             with open(f"/proc/{pid}/stat") as file:
                 state, parent = file.read().rpartition(")")[2].split()[:2]
         except OSError:
             continue
-        ours = any(home.encode() in words for home in homes) and int(parent) != os.getpid()
+        ours = any(home.encode() in words for home in homes) and not is_warden(pid, int(parent))
         if state != "Z" and (ours or b"sleep\x001000" in words):
             found.append((pid, words))
     return found
@@ -90,6 +107,8 @@ def leftovers(homes):
 
 @pytest.fixture(scope="module", params=FENCES)
 def fence(request):
+    if "bubblewrap" in request.param and (why := bubblewrap.refusal()):
+        pytest.skip(f"bubblewrap: {why}")
     with Sandbox(SHORT, workers=2, without=FENCES[request.param]) as sandbox:
         sandbox.layers()
         yield request.param, sandbox

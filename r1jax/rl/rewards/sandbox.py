@@ -6,8 +6,9 @@ A program gets: a process of its own in its own PID namespace, no network, a roo
 the standard library (read-only), an own temporary folder that vanishes, an own user id where the
 warden is root, limits on processor seconds, memory, file sizes, open files and threads, an empty
 environment, a filter of system calls (no new processes, sockets, signals to others, tracing), a cap
-on its output, and a deadline on the wall clock after which all of it is killed. Each of these
-layers stands alone; those the kernel or a container refuses are named once in the log, as warning.
+on its output, and a deadline on the wall clock after which all of it is killed. Where bubblewrap is
+installed, a warden itself stands in one. Each of these layers stands alone; those the kernel or a
+container refuses are named once in the log, as warning.
 
 What this does not protect against:
 
@@ -33,15 +34,17 @@ import queue
 import select
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from r1jax.rl.rewards import bubblewrap
+
 _log = logging.getLogger(__name__)
-_HERE = str(Path(__file__).parent)
+_HERE = Path(__file__).parent
+_QUIET = ("", "not needed", bubblewrap.NOT_INSTALLED)  # reasons for a layer's absence
 # Behind the standard library, whose `math` must not be ours, and off the path before any program.
 _BOOT = (
     "import sys; sys.path.append(sys.argv.pop(1)); from jail import warden; "
@@ -225,9 +228,12 @@ class _Warden:
         os.chmod(self._home, 0o711)  # another user's program must reach its folder inside
         # -S -s -P -B: no site, no user's folder, nothing of ours on the path. A fixed hash seed:
         # the order of a set of strings is the same in every run.
-        command = [sys.executable, "-S", "-s", "-P", "-B", "-X", "utf8", "-c", _BOOT, _HERE]
+        options = ["-S", "-s", "-P", "-B", "-X", "utf8", "-c", _BOOT, str(_HERE)]
+        layers = [layer for layer in without if layer != "bubblewrap"]
+        command = [bubblewrap.interpreter(), *options, self._home, *layers]
+        outer = "left out" if "bubblewrap" in without else bubblewrap.refusal()
         self._process = subprocess.Popen(
-            [*command, self._home, *without],
+            command if outer else bubblewrap.wrapped(command, self._home, _HERE / "jail"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -241,10 +247,11 @@ class _Warden:
         self._received = bytearray()
         self.in_step = True  # whether the next job would be read from its beginning
         try:
-            self.missing = json.loads(self._frame(b"", time.monotonic() + _START_SECONDS))
+            inner = json.loads(self._frame(b"", time.monotonic() + _START_SECONDS))
         except (EOFError, TimeoutError) as error:
             self.close()
             raise RuntimeError(f"the sandbox did not start: {error}") from error
+        self.missing: dict[str, str] = {"bubblewrap": outer, **inner}
         _warn_once(tuple(self.missing.items()))
 
     def run(self, parts: list[bytes], limits: Limits) -> Run:
@@ -313,6 +320,6 @@ def _ready(source: int, sink: int | None, seconds: float) -> tuple[bool, bool, b
 
 @functools.cache
 def _warn_once(missing: tuple[tuple[str, str], ...]) -> None:
-    lacking = [f"{name} ({why})" for name, why in missing if why and why != "not needed"]
+    lacking = [f"{name} ({why})" for name, why in missing if why not in _QUIET]
     if lacking:
         _log.warning("the code sandbox runs without: %s", ", ".join(lacking))
