@@ -44,6 +44,7 @@ def _grpo(
     clip: float,
     reward: RewardConfig,
     max_new_tokens: int = CONTEXT,
+    general: str = "",
 ) -> GRPORun:
     """What all RL stages share: 32 questions of 16 samples, KL 0.001, one epoch of 16 minibatches.
 
@@ -52,7 +53,9 @@ def _grpo(
     """
     return GRPORun(
         start=StartConfig(path=start, dtype="bfloat16"),
-        data=QuestionData(dataset="questions", path="data/reasoning.jsonl", skip=True),
+        data=QuestionData(
+            dataset="questions", path="data/reasoning.jsonl", general=general, skip=True
+        ),
         sampling=SamplingConfig(prompt_length=2048, max_new_tokens=max_new_tokens),
         grpo=GRPOConfig(
             steps=steps // 16,
@@ -103,11 +106,26 @@ def r1_stage1() -> GRPORun:
 
 
 def r1_stage2() -> GRPORun:
-    """The second RL stage: temperature 0.7, 1,700 updates, preference rewards in the last 400."""
+    """The second RL stage: temperature 0.7, 1,700 updates.
+
+    In the last 400 general prompts are mixed in, judged by a reward model for helpfulness or by one
+    for safety; reasoning prompts go on being judged by rules.
+    """
     reward = RewardConfig(
-        language=1.0, model=1.0, model_path="runs/reward_helpful_671b/model", model_from=1_300 // 16
+        language=1.0,
+        model=1.0,
+        model_path="runs/reward_helpful_671b/model",
+        safe_path="runs/reward_safe_671b/model",
+        model_from=1_300 // 16,
     )
-    return _grpo(start="models/r1-sft-2", steps=1_700, temperature=0.7, clip=0.2, reward=reward)
+    return _grpo(
+        start="models/r1-sft-2",
+        steps=1_700,
+        temperature=0.7,
+        clip=0.2,
+        reward=reward,
+        general="data/general.jsonl",
+    )
 
 
 def _sft(*, start: str, path: str, batch_size: int, rate: float, epochs: float) -> SFTRun:

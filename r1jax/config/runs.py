@@ -56,15 +56,18 @@ class StartConfig:
 
 @dataclass(frozen=True)
 class QuestionData:
-    """Questions whose answers can be checked.
+    """Questions whose answers can be checked, and prompts whose answers cannot.
 
     Attributes:
       dataset: a generated task, or what the files hold; "questions" is data of your own.
       path: the file of a data set; none for a task.
       heldout: the file that is measured on; a task has problems of its own. "": nothing is.
+      general: a file of prompts that reward models judge, "" for none; in training they take the
+        place of questions from step `reward.model_from` on (R1, section 2.3.4).
+      general_share: of a step's prompts.
       skip: leave bad rows out, and count them, instead of refusing the file.
       system: a system turn before each question.
-      instruction: text behind each question and an empty line.
+      instruction: text behind each question and an empty line; none behind general prompts.
       template: the tags of completions, "r1" or "primer"; "plain" for text without.
       difficulty: of a task's problems.
     """
@@ -72,6 +75,8 @@ class QuestionData:
     dataset: str = "task:arithmetic"
     path: str = ""
     heldout: str = ""
+    general: str = ""
+    general_share: float = 0.5
     skip: bool = False
     system: str = ""
     instruction: str = ""
@@ -88,6 +93,8 @@ class QuestionData:
                 raise ValueError("data.template: a task's answers stand in tags; 'r1' or 'primer'")
         elif not self.path:
             raise ValueError(f"data.dataset={self.dataset!r} needs data.path, the file to read")
+        if not 0.0 < self.general_share < 1.0:
+            raise ValueError(f"data.general_share must lie in (0, 1), got {self.general_share}")
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,13 @@ def _judged(run: Any, stage: Any) -> None:
             "data.template='plain' has no tags to reward; set reward.format and reward.language to "
             "0"
         )
+    if run.data.general and not stage.reward.model:
+        raise ValueError(
+            f"data.general={run.data.general!r} has no answers to check; set reward.model and "
+            "reward.model_path, the reward model that judges them"
+        )
+    if stage.reward.safe_path and not run.data.general:
+        raise ValueError("reward.safe_path judges general prompts; set data.general to their file")
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,9 @@ class RewardConfig:
       language: share of words in `target_language` of the chain of thought (R1, section 2.3.2).
       overlong: DAPO's soft punishment over the last `overlong_buffer` tokens of the length limit.
       repetition: −1..0 for chains of thought that run in circles.
-      model: score of the reward model in the folder `model_path`, from step `model_from` on.
+      model: score of the reward model in the folder `model_path`, from step `model_from` on: of
+        general prompts where the data has them (`data.general`), else of all.
+      safe_path: the reward model of general prompts of the kind "safe"; its weight is `model` too.
     """
 
     accuracy: float = 1.0
@@ -140,6 +142,7 @@ class RewardConfig:
     repetition: float = 0.0
     model: float = 0.0
     model_path: str = ""
+    safe_path: str = ""
     model_from: int = 0
 
     def __post_init__(self):
@@ -154,6 +157,8 @@ class RewardConfig:
                 f"reward.model={self.model} and reward.model_path={self.model_path!r} belong "
                 "together: set both or none"
             )
+        if self.safe_path and not self.model:
+            raise ValueError(f"reward.safe_path={self.safe_path!r} needs reward.model, its weight")
 
 
 def rollouts_fit(owner: Any, minibatches: int, micro_batches: int) -> None:

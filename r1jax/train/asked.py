@@ -2,11 +2,20 @@
 """The questions of a run, from generated tasks or from files, by the model's own chat template."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 from r1jax.config import QuestionData
 from r1jax.data.corpus import problems
-from r1jax.data.datasets import QUESTIONS, Question, encode_question, shuffled
+from r1jax.data.datasets import (
+    QUESTIONS,
+    Message,
+    Question,
+    encode_prompt,
+    encode_question,
+    general,
+    shuffled,
+)
 from r1jax.data.text import TextTokenizer
 from r1jax.train.progress import Progress
 from r1jax.train.questions import Asked, Questions
@@ -15,26 +24,67 @@ TASK = "task:"
 
 
 def training_questions(
-    cfg: QuestionData, tokenizer: TextTokenizer, *, longest: int, seed: int, progress: Progress
+    cfg: QuestionData,
+    tokenizer: TextTokenizer,
+    *,
+    longest: int,
+    seed: int,
+    progress: Progress,
+    general_from: int = 0,
 ) -> Questions:
     """What the policy is asked: train problems of a task, or a file's questions in epochs.
 
     Args:
         longest: most tokens of a prompt.
+        general_from: the step from which general prompts take the place of questions.
 
     Raises:
-        ValueError: the file cannot be used, or a prompt is too long and `cfg.skip` is off.
+        ValueError: a file cannot be used, or a prompt is too long and `cfg.skip` is off.
     """
     if cfg.dataset.startswith(TASK):
-        return lambda index, n: _of_task(cfg, tokenizer, n, seed=seed + index)
-    asked = _of_file(cfg, cfg.path, tokenizer, longest, progress)
-    count = len(asked.ids)
 
-    def batch(index: int, n: int) -> Asked:
-        places = shuffled(count, index * n, n, seed=seed)
-        return Asked(*([field[i] for i in places] for field in asked))
+        def checked(index: int, n: int, step: int) -> Asked:
+            return _of_task(cfg, tokenizer, n, seed=seed + index)
+    else:
+        asked = _of_file(cfg, cfg.path, tokenizer, longest, progress)
+
+        def checked(index: int, n: int, step: int) -> Asked:
+            return _picked(asked, shuffled(len(asked.ids), index * n, n, seed=seed))
+
+    if not cfg.general:
+        return checked
+    prompts = _general(cfg, tokenizer, longest, progress)
+    return mixed(checked, prompts, share=cfg.general_share, begin=general_from, seed=seed)
+
+
+def mixed(
+    questions: Questions, prompts: Asked, *, share: float, begin: int, seed: int
+) -> Questions:
+    """Questions of which, from step `begin` on, a share gives its place to general prompts.
+
+    Of the places of all batches in order, number k goes to prompt ⌊k · share⌋, counted over
+    shuffled epochs, wherever that number rises; so each batch has its share to within one.
+    """
+
+    def batch(index: int, n: int, step: int) -> Asked:
+        asked = questions(index, n, step)
+        if step < begin:
+            return asked
+        places = range(index * n, (index + 1) * n)
+        taken = [i for i, k in enumerate(places) if rise(k, share)]
+        first = math.floor(places[0] * share)
+        chosen = shuffled(len(prompts.ids), first, len(taken), seed=seed)
+        for ours, theirs in zip(asked, _picked(prompts, chosen), strict=True):
+            for i, x in zip(taken, theirs, strict=True):
+                ours[i] = x
+        return asked
 
     return batch
+
+
+def rise(place: int, share: float) -> bool:
+    """Whether ⌊k · share⌋ rises behind k."""
+    return math.floor((place + 1) * share) > math.floor(place * share)
 
 
 def heldout_questions(
@@ -47,6 +97,10 @@ def heldout_questions(
         return Asked([], [], [])
     asked = _of_file(cfg, cfg.heldout, tokenizer, longest, progress)
     places = sorted(shuffled(len(asked.ids), 0, min(n, len(asked.ids)), seed=0))
+    return _picked(asked, places)
+
+
+def _picked(asked: Asked, places: Sequence[int]) -> Asked:
     return Asked(*([field[i] for i in places] for field in asked))
 
 
@@ -65,10 +119,27 @@ def _of_file(cfg: QuestionData, path: str, tokenizer, longest: int, progress: Pr
         progress.message(f"{path}: {len(rows.skipped)} rows skipped, the first {rows.skipped[0]}")
     answers = [_answer(q) for q in rows.items]
     asked = _asked([q.question for q in rows.items], answers, cfg, tokenizer)
+    return _fitting(asked, path, longest, skip=cfg.skip, progress=progress)
+
+
+def _general(cfg: QuestionData, tokenizer, longest: int, progress: Progress) -> Asked:
+    rows = general(cfg.general, skip=cfg.skip)
+    if rows.skipped:
+        progress.message(
+            f"{cfg.general}: {len(rows.skipped)} rows skipped, the first {rows.skipped[0]}"
+        )
+    before = (Message("system", cfg.system),) if cfg.system else ()
+    ids = [encode_prompt([*before, *row.prompt], tokenizer) for row in rows.items]
+    texts = [row.prompt[-1].content for row in rows.items]
+    asked = Asked(texts, ids, list(rows.items))
+    return _fitting(asked, cfg.general, longest, skip=cfg.skip, progress=progress)
+
+
+def _fitting(asked: Asked, path: str, longest: int, *, skip: bool, progress: Progress) -> Asked:
     fits = [len(ids) <= longest for ids in asked.ids]
     if all(fits):
         return asked
-    if not cfg.skip:
+    if not skip:
         raise ValueError(
             f"{path}: {fits.count(False)} of {len(fits)} prompts are longer than "
             f"sampling.prompt_length={longest}, the longest has {max(map(len, asked.ids))} tokens; "
@@ -77,8 +148,7 @@ def _of_file(cfg: QuestionData, path: str, tokenizer, longest: int, progress: Pr
     if not any(fits):
         raise ValueError(f"{path}: no prompt fits into sampling.prompt_length={longest}")
     progress.message(f"{path}: {fits.count(False)} prompts of more than {longest} tokens skipped")
-    kept = [i for i, fit in enumerate(fits) if fit]
-    return Asked(*([field[i] for i in kept] for field in asked))
+    return _picked(asked, [i for i, fit in enumerate(fits) if fit])
 
 
 def _answer(question: Question):

@@ -63,7 +63,7 @@ class Collector:
     def batch(self, state: TrainState, step: int, drawn: int) -> Collected:
         """One batch of questions, as it comes."""
         cfg = self.cfg
-        asked = self.questions(drawn, cfg.prompts)
+        asked = self.questions(drawn, cfg.prompts, step)
         size, temperatures = cfg.prompts // cfg.pieces, [cfg.temperature] * cfg.group_size
         parts = [asked.part(i * size, (i + 1) * size) for i in range(cfg.pieces)]
         # The device is given all pieces at once; the first are judged while it samples the rest.
@@ -119,5 +119,7 @@ def taken(rollout: Rollout, prompt_P: np.ndarray, row_B: np.ndarray) -> Rollout:
 
 
 def mean_shown(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Means of what was shown of batches of one size."""
-    return {k: float(np.mean([v.shown[k] for v in verdicts])) for k in verdicts[0].shown}
+    """Means of what was shown of batches of one size; some may lack what others have."""
+    shown = [v.shown for v in verdicts]
+    names = dict.fromkeys(name for each in shown for name in each)
+    return {k: float(np.mean([each[k] for each in shown if k in each])) for k in names}

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from r1jax.config import RewardConfig
+from r1jax.data.datasets import General
 from r1jax.data.template import Template, parse
 from r1jax.eval.score import reflects
 from r1jax.rl.advantages import overlong_penalty
@@ -42,6 +43,9 @@ class Judge(Protocol):
     def __call__(self, step: int, asked: Asked, done: Completions) -> Callable[[], Verdict]:
         """Begins to judge B completions of B questions; the function returned waits."""
 
+
+Score = Callable[[Asked, Completions], np.ndarray]
+"""The reward models' scores [B], a masked array: masked where none of them judges."""
 
 Verify = Callable[[Sequence[Any], Sequence[str]], Callable[[], np.ndarray]]
 """(answers, completions) -> a function that waits and returns 1 where right, else 0."""
@@ -79,29 +83,42 @@ class Rules:
         verify: Verify,
         *,
         max_length: int,
-        score: Callable[[Completions], np.ndarray] | None = None,
+        score: Score | None = None,
     ):
         """Args: weights; the tags of completions, None for text without; the verifier; the length
-        limit in tokens, for `overlong`; a reward model, for `model`."""
+        limit in tokens, for `overlong`; reward models, for `model`."""
         self.cfg, self.template, self.verify = cfg, template, verify
         self.max_length, self.score = max_length, score
 
     def __call__(self, step: int, asked: Asked, done: Completions) -> Callable[[], Verdict]:
         """See `Judge`. Answers are needed only where accuracy has a weight."""
-        pending = self.verify(asked.answers, done.texts) if self.cfg.accuracy else None
+        wait = self._accuracy(asked, done) if self.cfg.accuracy else None
         found = self._rules(step, asked, done)
 
         def verdict() -> Verdict:
-            parts = {} if pending is None else {"accuracy": pending()}
-            parts |= found
+            parts = ({} if wait is None else {"accuracy": wait()}) | found
             weights = [vars(self.cfg)[name] for name in parts]
-            shown = {name: float(x_B.mean()) for name, x_B in parts.items()}
+            # Where a row cannot have a reward it is masked: no part of its sum, nor of the mean.
+            shown = {name: float(x_B.mean()) for name, x_B in parts.items() if np.ma.count(x_B)}
+            given = [np.ma.filled(x_B, 0.0) for x_B in parts.values()]
             # Before `model_from` there may be none.
             none_B = np.zeros(len(done.texts), np.float32)
-            reward_B = combine([1.0, *weights], none_B, *parts.values())
+            reward_B = combine([1.0, *weights], none_B, *given)
             return Verdict(reward_B, shown | self._seen(done))
 
         return verdict
+
+    def _accuracy(self, asked: Asked, done: Completions) -> Callable[[], np.ndarray]:
+        """Begins to verify the rows that have an answer; the others' accuracy is masked."""
+        rows = [i for i, answer in enumerate(asked.answers) if not isinstance(answer, General)]
+        pending = self.verify([asked.answers[i] for i in rows], [done.texts[i] for i in rows])
+
+        def accuracy_B() -> np.ndarray:
+            right_B = np.ma.masked_all(len(done.texts), np.float32)
+            right_B[rows] = pending()
+            return right_B
+
+        return accuracy_B
 
     def _rules(self, step: int, asked: Asked, done: Completions) -> dict[str, np.ndarray]:
         """The rewards that nobody has to wait for."""
@@ -120,7 +137,7 @@ class Rules:
         if cfg.repetition:
             found["repetition"] = repetition_penalty(*given)
         if cfg.model and step >= cfg.model_from:
-            found["model"] = self.score(done)
+            found["model"] = self.score(asked, done)
         return found
 
     def _seen(self, done: Completions) -> dict[str, float]:

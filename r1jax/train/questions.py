@@ -10,7 +10,8 @@ class Asked(NamedTuple):
     Attributes:
         prompts: the questions as text.
         ids: their prompts as token ids, template and all.
-        answers: what the right answer is known by; only the verifier looks into it.
+        answers: what the right answer is known by, into which only the verifier looks; or
+            `General`, where there is none and a reward model judges.
     """
 
     prompts: list[str]
@@ -29,5 +30,5 @@ class Asked(NamedTuple):
 class Questions(Protocol):
     """Where a stage gets its questions: a pure function, so that a resumed run asks the same."""
 
-    def __call__(self, index: int, n: int) -> Asked:
-        """The `n` questions of batch `index`."""
+    def __call__(self, index: int, n: int, step: int) -> Asked:
+        """The `n` questions of batch `index`, asked in training step `step`."""

@@ -214,7 +214,7 @@ class Recipe:
         """GRPO from the state given, with the recipe's rewards or a control's."""
         seed, words = self.seed(stage), self.words
 
-        def questions(index: int, n: int) -> Asked:
+        def questions(index: int, n: int, step: int) -> Asked:
             return words.asked(words.problems(n, seed + index, "train"))
 
         collector = Collector(

@@ -1,21 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained reward model as a reward: one score a completion."""
+"""Trained reward models as a reward: one score a completion."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1jax.config import StartConfig
+from r1jax.config import QuestionData, RewardConfig, StartConfig
+from r1jax.data.datasets import General, general
 from r1jax.data.text import TextTokenizer
 from r1jax.nn.value import trunk_of, valued
 from r1jax.rl.rollout import Rollout, rows_of
+from r1jax.train.judge import Score
 from r1jax.train.pairs import last_token
 from r1jax.train.program import program
+from r1jax.train.questions import Asked
 from r1jax.train.sampler import Completions
 from r1jax.train.start import open_start, read_value_head, state_of
 from r1jax.train.state import TrainState
+
+
+def open_judges(reward: RewardConfig, data: QuestionData, tokenizer: TextTokenizer) -> Score:
+    """The reward models of a run, each for its kind of prompts (R1, section 2.3.4).
+
+    Raises:
+        ValueError: a folder is no reward model of r1jax, or another vocabulary than the policy's;
+            or general prompts are of a kind that none judges.
+    """
+    safe = {"safe": reward.safe_path} if reward.safe_path else {}
+    paths = {"helpful": reward.model_path} | safe
+    if data.general:
+        kinds = {row.kind for row in general(data.general, skip=data.skip).items}
+        if kinds - paths.keys():
+            raise ValueError(
+                f"{data.general} has prompts of the kind 'safe', but reward.safe_path names no "
+                "reward model for them"
+            )
+    scorers = {kind: open_scorer(path, tokenizer) for kind, path in paths.items()}
+    return preferred(scorers, all_rows=not data.general)
 
 
 def open_scorer(path: str, tokenizer: TextTokenizer) -> Callable[[Completions], np.ndarray]:
@@ -37,6 +60,30 @@ def open_scorer(path: str, tokenizer: TextTokenizer) -> Callable[[Completions], 
     model.value_bias = model.value_bias.replace(jnp.asarray(head["bias"]))
     state, run = state_of(model), program(scores)
     return lambda done: np.asarray(run(state, done.rollout))
+
+
+def preferred(
+    scorers: Mapping[str, Callable[[Completions], np.ndarray]], *, all_rows: bool
+) -> Score:
+    """The reward of each row by the reward model of its kind.
+
+    Args:
+        scorers: of the kinds of general prompts.
+        all_rows: questions with an answer are scored too, by the helpful one; else they have none.
+    """
+
+    def score(asked: Asked, done: Completions) -> np.ndarray:
+        kinds = np.array([kind_of(answer) for answer in asked.answers])
+        score_B = np.ma.masked_all(len(kinds), np.float32)
+        for kind in scorers.keys() & {*kinds}:
+            # All rows, for one compiled shape; those of its kind are kept.
+            score_B[kinds == kind] = scorers[kind](done)[kinds == kind]
+        return score_B
+
+    def kind_of(answer) -> str:
+        return answer.kind if isinstance(answer, General) else "helpful" * all_rows
+
+    return score
 
 
 def scores(state: TrainState, rollout: Rollout) -> jax.Array:

@@ -47,7 +47,7 @@ from r1jax.train.loop import Run, finish, finished, load
 from r1jax.train.measure import measure, pair_accuracy
 from r1jax.train.ppo import policy_of
 from r1jax.train.progress import Progress, Silent
-from r1jax.train.reward_model import open_scorer
+from r1jax.train.reward_model import open_judges
 from r1jax.train.sampler import Sampler
 from r1jax.train.start import (
     Start,
@@ -193,17 +193,17 @@ def _judged(cfg: GRPORun | PPORun, run: Run, start: Start) -> Iterator[Any]:
     longest = cfg.sampling.prompt_length
     _fits(cfg, start)
     how = dict(longest=longest, progress=run.progress)
-    questions = training_questions(cfg.data, start.tokenizer, seed=cfg.seed, **how)
+    questions = training_questions(
+        cfg.data, start.tokenizer, seed=cfg.seed, general_from=stage.reward.model_from, **how
+    )
     heldout = heldout_questions(cfg.data, start.tokenizer, cfg.measure.questions, **how)
     template = template_for(cfg.data.template, start)
-    score = None
-    if stage.reward.model:
-        score = open_scorer(stage.reward.model_path, start.tokenizer)
+    judges = open_judges(stage.reward, cfg.data, start.tokenizer) if stage.reward.model else None
     sampler = Sampler(cfg.sampling, ending_of(start.model))
-    kinds = [*questions(0, 1).answers, *heldout.answers[:1]]
+    kinds = [*questions(0, 1, 0).answers, *heldout.answers[:1]]
     with verifier(kinds, template) as verify:
         judge = Rules(
-            stage.reward, template, verify, max_length=cfg.sampling.max_new_tokens, score=score
+            stage.reward, template, verify, max_length=cfg.sampling.max_new_tokens, score=judges
         )
         collector = Collector(stage, sampler, questions, judge, seed=cfg.seed)
         yield lambda: _online(cfg, run, start, collector, heldout)

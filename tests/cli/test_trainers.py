@@ -59,6 +59,7 @@ def test_the_published_numbers():
     assert (one.grpo.update.clip_high, one.grpo.reward.language) == (10.0, 1.0)
     assert zero.grpo.reward == schema.RewardConfig(accuracy=1.0, format=1.0)
     assert two.grpo.reward.model_from * 16 == 1296
+    assert (two.data.general, two.grpo.reward.safe_path != "") == ("data/general.jsonl", True)
     for name in ("r1_cold_start_671b", "r1_sft2_671b"):
         sft = published(name).sft
         assert (sft.batch_size, sft.length) == (128, 32_768)
@@ -99,6 +100,9 @@ def folder(monkeypatch, tmp_path):
         ("grpo", "grpo.reward.accuracy=0.0 grpo.reward.format=0.0", r"every weight of reward is 0"),
         ("grpo", "grpo.pieces=3", r"prompts=16 must be divisible by pieces=3"),
         ("grpo", "grpo.reward.model=1.0", r"reward.model=1.0 and reward.model_path='' belong"),
+        ("grpo", "grpo.reward.safe_path=x", r"reward.safe_path='x' needs reward.model"),
+        ("grpo", "data.general=x.jsonl", r"data.general='x.jsonl' has no answers to check"),
+        ("grpo", "data.general_share=1.5", r"data.general_share must lie in \(0, 1\)"),
         ("grpo", "data.dataset=gsm8k", r"data.dataset='gsm8k' needs data.path"),
         ("grpo", "data.dataset=gsm8", r"dataset must be one of .*did you mean gsm8k"),
         ("grpo", "data.template=plain", r"a task's answers stand in tags"),

@@ -17,7 +17,7 @@ PROMPTS, GROUP, LENGTH = 4, 2, 3
 CFG = dataclasses.replace(tiny.recipe().rl_1, prompts=PROMPTS, group_size=GROUP)
 
 
-def questions(index, n):
+def questions(index, n, step):
     """Question p of batch i is the number 100·i + p, as text, ids and answer."""
     numbers = [100 * index + p for p in range(n)]
     return Asked([str(x) for x in numbers], [[x] for x in numbers], numbers)

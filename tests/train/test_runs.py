@@ -160,6 +160,31 @@ def test_a_reward_model_is_trained_and_rewards(tmp_path, start):
     )
 
 
+def test_general_prompts_are_judged_by_their_reward_models(tmp_path, start):
+    """R1's second stage: from a step on they take the place of questions."""
+    pairs = PairsConfig(loss="pairwise", steps=1, batch_size=4, length=24, optim=FAST)
+    data = AnswerData(path=pairs_file(tmp_path / "pairs.jsonl"))
+    run_trainer(RewardModelRun(start=start, data=data, pairs=pairs), tmp_path / "judge")
+    rows = [{"prompt": "compute 7 - 1", "kind": kind} for kind in ("helpful", "safe")]
+    asked = dataclasses.replace(DATA, general=rows_to(tmp_path / "general.jsonl", rows))
+    judge = str(tmp_path / "judge" / "model")
+    reward = RewardConfig(model=0.5, model_path=judge, model_from=1)
+    run = dataclasses.replace(grpo_run(start, reward=reward), data=asked)
+    refused(tmp_path, run, "safe_path")
+    reward = dataclasses.replace(reward, safe_path=judge)
+    run_trainer(
+        dataclasses.replace(run, grpo=dataclasses.replace(run.grpo, reward=reward)),
+        tmp_path / "run",
+    )
+    first, second = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert "model" not in first
+    # Of two prompts one is general: accuracy and score are each of half the rows.
+    half = (second["accuracy"] + 0.5 * second["model"]) / 2
+    assert second["reward"] == pytest.approx(half + second["format"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"data\.general=.* has no answers to check"):
+        dataclasses.replace(grpo_run(start), data=asked)
+
+
 def test_sft_goes_through_the_data_by_epochs(tmp_path, start):
     rows = [{"prompt": "compute 1 + 1", "completion": f"<think> {i} </think>"} for i in range(8)]
     rows.insert(2, {"prompt": "compute 1 + 1"})

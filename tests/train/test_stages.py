@@ -65,12 +65,12 @@ def supervised(run):
     return stages.supervised(run, "s", state, packed, cfg, model=CFG.model, seed=1, log_every=1)[0]
 
 
-def same(index, n):
+def same(index, n, step):
     """The same questions in every batch."""
     return WORDS.asked(WORDS.problems(n, 0, "train"))
 
 
-def fresh(index, n):
+def fresh(index, n, step):
     """Other questions in every batch."""
     return WORDS.asked(WORDS.problems(n, index, "train"))
 

@@ -4,7 +4,7 @@
 `questions` and `chats` read files, `encode` makes tokens of records, `pipeline` makes batches.
 """
 
-from r1jax.data.datasets.chats import conversations, labelled, preferences
+from r1jax.data.datasets.chats import conversations, general, labelled, preferences
 from r1jax.data.datasets.encode import (
     LabelledIds,
     PreferenceIds,
@@ -38,6 +38,7 @@ from r1jax.data.datasets.questions import (
 )
 from r1jax.data.datasets.records import (
     Conversation,
+    General,
     Labelled,
     Message,
     Messages,
@@ -52,6 +53,7 @@ __all__ = [
     "QUESTIONS",
     "Batches",
     "Conversation",
+    "General",
     "Labelled",
     "LabelledIds",
     "Message",
@@ -76,6 +78,7 @@ __all__ = [
     "encoded",
     "end_of",
     "evaluation_texts",
+    "general",
     "gsm8k",
     "humaneval",
     "identity",

@@ -11,6 +11,7 @@ from r1jax.data.datasets import fields
 from r1jax.data.datasets.files import Row, read
 from r1jax.data.datasets.records import (
     Conversation,
+    General,
     Labelled,
     Message,
     Messages,
@@ -73,6 +74,21 @@ def labelled(path: str | Path, *, skip: bool = False) -> Rows[Labelled]:
     The label is true or false, or a number in [0, 1]. Args and errors as `conversations`.
     """
     return read(path, _labelled, skip=skip)
+
+
+def general(path: str | Path, *, skip: bool = False) -> Rows[General]:
+    """Prompts for reward models: `prompt`, `question` or `problem` (a text or messages), `kind`.
+
+    The kind is "helpful", also where none is given, or "safe". Args and errors as `conversations`.
+    """
+    return read(path, _general, skip=skip)
+
+
+def _general(row: Row) -> General:
+    kind = row.get("kind", "helpful")
+    if kind not in ("helpful", "safe"):
+        raise ValueError(f"field 'kind' must be 'helpful' or 'safe', got {kind!r}")
+    return General(fields.prompt(row, *PROMPTS), kind)
 
 
 def _conversation(row: Row, *, answer_from: str) -> Conversation:

@@ -77,6 +77,19 @@ class Labelled:
 
 
 @dataclasses.dataclass(frozen=True)
+class General:
+    """A prompt whose answer cannot be checked: a reward model judges (R1, section 2.3.4).
+
+    Attributes:
+      prompt: the turns.
+      kind: which reward model, "helpful" or "safe".
+    """
+
+    prompt: Messages
+    kind: str = "helpful"
+
+
+@dataclasses.dataclass(frozen=True)
 class Skipped:
     """A row that was left out.
 

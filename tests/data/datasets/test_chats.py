@@ -13,6 +13,7 @@ from r1jax.data.datasets import (
     Message,
     Preference,
     conversations,
+    general,
     labelled,
     preferences,
 )
@@ -187,3 +188,13 @@ def test_no_row_at_all_escapes_as_another_error(tmp_path_factory, rows):
             assert "holds no rows to use" in refusal
         else:
             assert len(found.items) + len(found.skipped) == len(rows)
+
+
+def test_general_prompts(tmp_path):
+    rows = [{"prompt": "hello"}, {"question": "a gun?", "kind": "safe"}, {"prompt": turns("x")}]
+    found = general(file_of(tmp_path, *rows)).items
+    assert [row.kind for row in found] == ["helpful", "safe", "helpful"]
+    assert found[1].prompt == (Message("user", "a gun?"),)
+    for bad, field in (({"kind": "safe"}, "prompt"), ({"prompt": "x", "kind": "mean"}, "kind")):
+        with pytest.raises(ValueError, match=rf":1: .*'{field}'"):
+            general(file_of(tmp_path, bad))
