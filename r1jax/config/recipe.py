@@ -82,6 +82,13 @@ class RecipeConfig:
                     f"sampling.prompt_length + max_new_tokens = {total}; raise {name}.length"
                 )
 
+        for name, rl in (("rl_1", self.rl_1), ("rl_2", self.rl_2)):
+            if rl.reward.model:
+                raise ValueError(
+                    f"{name}.reward.model={rl.reward.model}: the recipe has no reward model; train "
+                    "its stages one by one, by configs with trainer='grpo'"
+                )
+
     def models(self) -> tuple[tuple[str, ModelConfig | DenseConfig], ...]:
         """The three models with the paths of their fields."""
         students = self.students
