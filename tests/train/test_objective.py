@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The objectives of the trainer: each is the sentence it claims to be, on policy and off."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,9 +23,8 @@ TOKENS, LENGTHS = MASK.sum(), MASK.sum(1, keepdims=True)
 
 
 def cfg_of(name, **changes):
-    return UpdateConfig(objective=name, beta=0.04, clip_low=0.2, clip_high=0.28) if not changes else (
-        dataclasses.replace(UpdateConfig(objective=name), **changes)
-    )  # fmt: skip
+    changes = changes or dict(beta=0.04, clip_low=0.2, clip_high=0.28)
+    return UpdateConfig(objective=name, **changes)
 
 
 def gradient(name, old, **changes):
