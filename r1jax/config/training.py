@@ -34,7 +34,7 @@ class SFTConfig:
     """Next-token training on packed rows: pre-training (what follows a question) and SFT."""
 
     steps: int = 1000
-    examples: int = 10_000  # documents generated for it
+    examples: int = 10_000  # documents generated for it; of a file, at most so many
     batch_size: int = 32  # packed rows a step
     micro_batches: int = 1
     length: int = 128  # tokens of a packed row

@@ -26,7 +26,8 @@ def training_questions(
         ValueError: the file cannot be used, or a prompt is too long and `cfg.skip` is off.
     """
     if cfg.dataset.startswith(TASK):
-        return lambda index, n: _of_task(cfg, tokenizer, n, seed=seed + index)
+        # Far enough apart for one number a batch: two runs share no batch.
+        return lambda index, n: _of_task(cfg, tokenizer, n, seed=seed * 1_000_000 + index)
     asked = _of_file(cfg, cfg.path, tokenizer, longest, progress)
     count = len(asked.ids)
 
