@@ -74,7 +74,7 @@ def clip_to_norm(largest: float) -> optax.GradientTransformationExtraArgs:
 
 def decayed(params: Any) -> Any:
     """True where weight decay applies: not on norm gains and biases."""
-    still = ("norm", "b_q", "b_k", "b_v")
+    still = ("norm", "b_q", "b_k", "b_v", "value_bias")
 
     def one(path, _):
         return not any(word in jax.tree_util.keystr((p,)) for p in path for word in still)

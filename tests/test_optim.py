@@ -6,9 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from r1jax import optim
 from r1jax.config import OptimConfig
+from r1jax.nn.build import build
+from r1jax.nn.value import valued
+from tests.nn import tiny
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 40.0], ids=["unclipped", "near", "clipped"])
@@ -32,6 +36,21 @@ def test_adamw_is_optax_adamw_after_its_clip(size):
         updates, their_state = theirs.update(grads, their_state, b)
         b = optax.apply_updates(b, updates)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-7), a, b)
+
+
+def test_only_gains_and_biases_do_not_decay():
+    cfg = tiny.model_config(num_layers=1, first_k_dense=0)
+    models = [tiny.dense_config(qwen2=True, num_layers=1), cfg]
+    for module in (valued(build(cfg), jax.random.key(0), std=0.1) for cfg in models):
+        params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+        still = {
+            jax.tree_util.keystr(path[-1:])
+            for path, moves in jax.tree_util.tree_leaves_with_path(optim.decayed(params))
+            if not moves
+        }
+        vectors = {"['weight']", "['value_bias']", "['b_q']", "['b_k']", "['b_v']"}
+        assert "['value_bias']" in still
+        assert still <= vectors
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():

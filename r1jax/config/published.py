@@ -45,6 +45,7 @@ def _grpo(
     reward: RewardConfig,
     max_new_tokens: int = CONTEXT,
     general: str = "",
+    seed: int = 0,
 ) -> GRPORun:
     """What all RL stages share: 32 questions of 16 samples, KL 0.001, one epoch of 16 minibatches.
 
@@ -52,6 +53,7 @@ def _grpo(
     every 400 steps. A step here is one such rollout, 16 updates.
     """
     return GRPORun(
+        seed=seed,
         start=StartConfig(path=start, dtype="bfloat16"),
         data=QuestionData(
             dataset="questions", path="data/reasoning.jsonl", general=general, skip=True
@@ -83,7 +85,10 @@ def r1_zero() -> GRPORun:
 
 
 def r1_zero_long() -> GRPORun:
-    """R1-Zero's updates from 8,200 to 10,400, with the longer limit."""
+    """R1-Zero's updates from 8,200 to 10,400, with the longer limit.
+
+    Another seed, for other questions than the first of `r1_zero`.
+    """
     return _grpo(
         start="runs/r1_zero_671b/model",
         steps=2_200,
@@ -91,6 +96,7 @@ def r1_zero_long() -> GRPORun:
         clip=0.2,
         reward=RewardConfig(),
         max_new_tokens=65_536,
+        seed=1,
     )
 
 

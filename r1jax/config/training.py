@@ -34,7 +34,7 @@ class SFTConfig:
     """Next-token training on packed rows: pre-training (what follows a question) and SFT."""
 
     steps: int = 1000
-    examples: int = 10_000  # documents generated for it
+    examples: int = 10_000  # documents generated for it; of a file, at most so many
     batch_size: int = 32  # packed rows a step
     micro_batches: int = 1
     length: int = 128  # tokens of a packed row
@@ -96,8 +96,8 @@ class UpdateConfig:
     minibatches: int = 1
     epochs: int = 1
     micro_batches: int = 1
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float | None = None  # distance of the ratio's lower bound from 1; None: that of the
+    clip_high: float | None = None  # objective's paper (`r1jax.train.objective`); and of the upper
     beta: float = 0.001  # weight of the KL to the reference; at 0 no reference is held
     kl: str = "k3"  # its estimator, where the objective has the KL in the loss
     scale: str = "group"  # advantages over the deviation of the group, of the batch, or "none"
@@ -110,7 +110,7 @@ class UpdateConfig:
         one_of(self, "objective", OBJECTIVES)
         one_of(self, "kl", KL_ESTIMATORS)
         one_of(self, "scale", ("group", "batch", "none"))
-        if self.clip_low < 0 or self.clip_high < 0 or self.beta < 0:
+        if min(self.clip_low or 0, self.clip_high or 0, self.beta) < 0:
             raise ValueError("update.clip_low, update.clip_high and update.beta must be >= 0")
         if self.ddof not in (0, 1):
             raise ValueError(f"update.ddof must be 0 or 1, got {self.ddof}")

@@ -44,7 +44,8 @@ def training_questions(
     if cfg.dataset.startswith(TASK):
 
         def checked(index: int, n: int, step: int) -> Asked:
-            return _of_task(cfg, tokenizer, n, seed=seed + index)
+            # Far enough apart for one number a batch: two runs share no batch.
+            return _of_task(cfg, tokenizer, n, seed=seed * 1_000_000 + index)
     else:
         asked = _of_file(cfg, cfg.path, tokenizer, longest, progress)
 

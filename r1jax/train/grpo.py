@@ -191,9 +191,13 @@ def weighed(minibatch: dict[str, jax.Array], weights) -> dict[str, jax.Array]:
 
 
 def interleave(x: jax.Array, minibatches: int, micro_batches: int) -> jax.Array:
-    """[B, ...] → [minibatches, micro_batches, B', ...], rows dealt out like cards."""
-    x = x.reshape(-1, minibatches * micro_batches, *x.shape[1:]).swapaxes(0, 1)
-    return x.reshape(minibatches, micro_batches, *x.shape[1:])
+    """[B, ...] → [minibatches, micro_batches, B', ...], rows dealt out like cards to minibatches.
+
+    Row i goes to minibatch i mod `minibatches`: with no more of them than samples in a group, each
+    has some of every prompt, into however many micro-batches it is cut.
+    """
+    x = x.reshape(-1, micro_batches, minibatches, *x.shape[1:])
+    return jnp.moveaxis(x, (2, 1), (0, 1))
 
 
 def report_of(sums: Metrics) -> Metrics:

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The objectives that GRPO's step can train with, each a sentence over the parts of `r1jax.rl`.
 
-| name | advantages | ratio, bound | reduction | KL |
-|---|---|---|---|---|
-| grpo | group | token, clipped | sequence mean | loss |
-| output_grpo | group | whole output, clipped | sequence mean | loss |
-| dr_grpo | group, no deviation | token, clipped | constant length | loss |
-| dapo | group | token, clipped | token mean | loss |
-| gspo | group | sequence, clipped | sequence mean | loss |
-| gspo_token | group | sequence, gradient by token | sequence mean | loss |
-| cispo | group | token, weight clipped | token mean | loss |
-| rloo | leave one out | whole output, clipped | sequence mean | reward |
-| reinforce_pp | returns over the batch | token, clipped | token mean | reward |
-| reinforce_pp_baseline | group, over the batch | token, clipped | token mean | loss |
+| name | advantages | ratio, bound | clip low, high | reduction | KL |
+|---|---|---|---|---|---|
+| grpo | group | token, clipped | 0.2, 0.2 | sequence mean | loss |
+| output_grpo | group | whole output, clipped | 0.2, 0.2 | sequence mean | loss |
+| dr_grpo | group, no deviation | token, clipped | 0.2, 0.2 | constant length | loss |
+| dapo | group | token, clipped | 0.2, 0.28 | token mean | loss |
+| gspo | group | sequence, clipped | 3e-4, 4e-4 | sequence mean | loss |
+| gspo_token | group | sequence, gradient by token | 3e-4, 4e-4 | sequence mean | loss |
+| cispo | group | token, weight clipped | 1, 4 | token mean | loss |
+| rloo | leave one out | whole output, clipped | 0.2, 0.2 | sequence mean | reward |
+| reinforce_pp | returns over the batch | token, clipped | 0.2, 0.2 | token mean | reward |
+| reinforce_pp_baseline | group, over the batch | token, clipped | 0.2, 0.2 | token mean | loss |
+
+The clips stand where the config names none. A ratio of sequences is a geometric mean: GRPO's clip
+would never touch it. CISPO's weights lie between 1 − low and 1 + high.
 
 On the first update of a batch every ratio is 1, and the gradient of `rloo` and of the two others of
 its kind is REINFORCE's.
@@ -59,10 +62,19 @@ def objective_of(cfg: UpdateConfig) -> Objective:
     return OBJECTIVES[cfg.objective](cfg)
 
 
-def _clipped(loss: Callable, cfg: UpdateConfig) -> Callable:
+def _clip(cfg: UpdateConfig, low: float, high: float) -> tuple[float, float]:
+    """The clip of `cfg`; each side where it has none the one given."""
+    return (
+        low if cfg.clip_low is None else cfg.clip_low,
+        high if cfg.clip_high is None else cfg.clip_high,
+    )
+
+
+def _clipped(loss: Callable, cfg: UpdateConfig, low: float = 0.2, high: float = 0.2) -> Callable:
     """A loss of the family with the clip and the KL of `cfg`."""
+    low, high = _clip(cfg, low, high)
     return functools.partial(
-        loss, clip_low=cfg.clip_low, clip_high=cfg.clip_high, beta=cfg.beta, kl=ESTIMATORS[cfg.kl]
+        loss, clip_low=low, clip_high=high, beta=cfg.beta, kl=ESTIMATORS[cfg.kl]
     )
 
 
@@ -94,23 +106,26 @@ def _dr_grpo(cfg: UpdateConfig) -> Objective:
 
 
 def _dapo(cfg: UpdateConfig) -> Objective:
-    return Objective(_group(cfg), rl.token_weights_token_mean, _clipped(rl.dapo_loss, cfg))
+    loss = _clipped(rl.dapo_loss, cfg, high=0.28)
+    return Objective(_group(cfg), rl.token_weights_token_mean, loss)
 
 
 def _gspo(cfg: UpdateConfig) -> Objective:
-    return Objective(_group(cfg), rl.token_weights_sequence_mean, _clipped(rl.gspo_loss, cfg))
+    loss = _clipped(rl.gspo_loss, cfg, 3e-4, 4e-4)
+    return Objective(_group(cfg), rl.token_weights_sequence_mean, loss)
 
 
 def _gspo_token(cfg: UpdateConfig) -> Objective:
-    loss = _clipped(rl.gspo_token_loss, cfg)
+    loss = _clipped(rl.gspo_token_loss, cfg, 3e-4, 4e-4)
     return Objective(_group(cfg), rl.token_weights_sequence_mean, loss)
 
 
 def _cispo(cfg: UpdateConfig) -> Objective:
+    low, high = _clip(cfg, 1.0, 4.0)
     loss = functools.partial(
         rl.cispo_loss,
-        ratio_floor=max(0.0, 1.0 - cfg.clip_low),
-        ratio_cap=1.0 + cfg.clip_high,
+        ratio_floor=max(0.0, 1.0 - low),
+        ratio_cap=1.0 + high,
         beta=cfg.beta,
         kl=ESTIMATORS[cfg.kl],
     )
@@ -157,9 +172,8 @@ def _reinforce_pp_baseline(cfg: UpdateConfig) -> Objective:
 
 def _without_kl(loss: Callable, cfg: UpdateConfig) -> Callable:
     """The KL is in the reward: the loss reports it and adds nothing."""
-    return functools.partial(
-        loss, clip_low=cfg.clip_low, clip_high=cfg.clip_high, beta=0.0, kl=rl.k3
-    )
+    low, high = _clip(cfg, 0.2, 0.2)
+    return functools.partial(loss, clip_low=low, clip_high=high, beta=0.0, kl=rl.k3)
 
 
 OBJECTIVES: dict[str, Callable[[UpdateConfig], Objective]] = {

@@ -111,6 +111,11 @@ def _sft(cfg: SFTRun, run: Run, start: Start):
     """Supervised fine-tuning on packed conversations."""
     rows = conversations(cfg.data.path, skip=cfg.data.skip)
     items = rows.items[: cfg.sft.examples]
+    if len(items) < len(rows.items):
+        run.progress.message(
+            f"{cfg.data.path}: the first {len(items)} of {len(rows.items)} conversations are "
+            "learnt; raise sft.examples for more"
+        )
     examples = conversation_examples(
         items, start.tokenizer, length=cfg.sft.length, skip=cfg.data.skip
     )

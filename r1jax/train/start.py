@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from r1jax.config import DenseConfig, ModelConfig, StartConfig
+from r1jax.data.datasets import opened_thought
 from r1jax.data.text import TextTokenizer
 from r1jax.io.model import Model, open_model, save_model
 from r1jax.nn.build import blank
@@ -79,16 +80,19 @@ def state_of(module: nnx.Module) -> TrainState:
 def ending_of(model: Model) -> Ending:
     """Where completions of a model end; the text is without that token.
 
+    Where the chat template opens the thought, the text begins with what it wrote: without the tag
+    no completion would be well formed, and an answer in a thought that never ends would count.
+
     Raises:
         ValueError: the model has no tokenizer, or one that names no end.
     """
     words = model.tokenizer
     if words is None or not words.eos_ids:
         raise ValueError("the model's tokenizer names no eos_token: no completion would ever end")
-    ends = set(words.eos_ids)
+    ends, opened = set(words.eos_ids), opened_thought(words)
 
     def decode(ids: Sequence[int]) -> str:
-        return words.decode(ids[:-1] if ids and ids[-1] in ends else ids)
+        return opened + words.decode(ids[:-1] if ids and ids[-1] in ends else ids)
 
     pad = words.eos_ids[0] if words.pad_id is None else words.pad_id
     return Ending(words.eos_ids, pad, decode)

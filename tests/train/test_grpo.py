@@ -14,7 +14,7 @@ from r1jax.config import UpdateConfig
 from r1jax.ops.routing import balance_bias
 from r1jax.rl import grpo_loss, k3
 from r1jax.rl.rollout import Rollout, rollout, rows_of
-from r1jax.train.grpo import grpo_step
+from r1jax.train.grpo import grpo_step, interleave
 from r1jax.train.state import Controls
 from tests.nn import tiny as models
 from tests.train import tiny
@@ -145,8 +145,7 @@ def reference_step(r, reference, *, update, lr, temperature):
 
 def picked_rows(update):
     """Which rows each update sees: dealt out like cards, so that each sees every prompt."""
-    pieces = update.minibatches * update.micro_batches
-    minibatch = np.arange(ROWS) % pieces // update.micro_batches
+    minibatch = np.arange(ROWS) % update.minibatches
     return [minibatch == m for m in range(update.minibatches)] * update.epochs
 
 
@@ -167,6 +166,16 @@ def test_the_step_is_the_unrolled_one(update):
     assert (found.step, metrics["skipped"]) == (update.epochs * update.minibatches, 0.0)
     if update is MANY:
         assert metrics["clip_fraction"] > 0.01  # the later updates are off-policy
+
+
+def test_a_minibatch_has_rows_of_every_prompt():
+    """As R1's 16 of 8,192 rollouts: one sample of each of 512 groups, however it is cut."""
+    prompt_B = np.repeat(np.arange(512), 16)
+    dealt = np.asarray(interleave(prompt_B, 16, 8))
+    assert dealt.shape == (16, 8, 64)
+    np.testing.assert_array_equal(np.sort(dealt.reshape(16, -1)), [np.arange(512)] * 16)
+    once = np.asarray(interleave(np.arange(8192), 16, 8)).reshape(-1)
+    np.testing.assert_array_equal(np.sort(once), np.arange(8192))
 
 
 def test_micro_batches_are_one_batch():

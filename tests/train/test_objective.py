@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The objectives of the trainer: each is the sentence it claims to be, on policy and off."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,9 +23,8 @@ TOKENS, LENGTHS = MASK.sum(), MASK.sum(1, keepdims=True)
 
 
 def cfg_of(name, **changes):
-    return UpdateConfig(objective=name, beta=0.04, clip_high=0.28) if not changes else (
-        dataclasses.replace(UpdateConfig(objective=name), **changes)
-    )  # fmt: skip
+    changes = changes or dict(beta=0.04, clip_low=0.2, clip_high=0.28)
+    return UpdateConfig(objective=name, **changes)
 
 
 def gradient(name, old, **changes):
@@ -93,6 +90,24 @@ def test_off_policy_it_is_the_named_loss(name, loss):
     expected = loss(
         LOGP, OLD, REF, jnp.asarray(advantage), MASK, clip_low=0.2, clip_high=0.28, beta=0.04
     )[0]
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("grpo", rl.grpo_loss),
+        ("dr_grpo", rl.dr_grpo_loss),
+        ("dapo", rl.dapo_loss),
+        ("gspo", rl.gspo_loss),
+        ("gspo_token", rl.gspo_token_loss),
+        ("cispo", rl.cispo_loss),
+    ],
+)
+def test_without_a_clip_it_has_its_papers(name, loss):
+    """GRPO's would never touch GSPO's mean ratios, nor leave CISPO's small weights alone."""
+    value, _, advantage = gradient(name, OLD, beta=0.04)
+    expected = loss(LOGP, OLD, REF, jnp.asarray(advantage), MASK, beta=0.04)[0]
     np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 

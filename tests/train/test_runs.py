@@ -34,6 +34,7 @@ from r1jax.data.template import R1
 from r1jax.io import metrics
 from r1jax.io.model import Model, open_model, save_model
 from r1jax.nn.param import leaves
+from r1jax.train.asked import training_questions
 from r1jax.train.progress import Silent
 from r1jax.train.runs import run_trainer
 from r1jax.train.trained import task_words
@@ -200,6 +201,28 @@ def test_sft_goes_through_the_data_by_epochs(tmp_path, start):
     with pytest.raises(ValueError, match=r"sft\.jsonl:3"):
         run_trainer(strict, tmp_path / "strict")
     assert not (tmp_path / "strict").exists()
+
+
+def test_sft_says_what_of_a_file_it_leaves_out(tmp_path, start):
+    rows = [{"prompt": "compute 1 + 1", "completion": f"<think> {i} </think>"} for i in range(5)]
+    path, heard = rows_to(tmp_path / "sft.jsonl", rows), Heard()
+    sft = SFTConfig(steps=0, examples=3, batch_size=2, length=16, optim=FAST)
+    run = SFTRun(start=start, data=AnswerData(path=path), sft=sft)
+    run_trainer(run, tmp_path / "run", display=heard)
+    assert any("first 3 of 5 conversations" in line for line in heard.lines)
+
+
+def test_runs_of_other_seeds_are_asked_other_questions(start):
+    """Not even later: seed 1 is not seed 0 one batch on."""
+    words = open_model(start.path).tokenizer
+    data = QuestionData(difficulty=Difficulty(arithmetic_operations=(3, 4)))
+    how = dict(longest=32, progress=Silent())
+    batches = [
+        tuple(training_questions(data, words, seed=seed, **how)(index, 8, 0).prompts)
+        for seed in (0, 1, 2)
+        for index in range(4)
+    ]
+    assert len(set(batches)) == len(batches)
 
 
 def refused(tmp_path, run, message):

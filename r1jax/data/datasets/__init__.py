@@ -18,6 +18,7 @@ from r1jax.data.datasets.encode import (
     encode_turns,
     encoded,
     end_of,
+    opened_thought,
     preference_examples,
 )
 from r1jax.data.datasets.files import read, read_rows
@@ -86,6 +87,7 @@ __all__ = [
     "labelled",
     "math",
     "mbpp",
+    "opened_thought",
     "packed_batches",
     "preference_examples",
     "preferences",

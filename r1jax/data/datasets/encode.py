@@ -68,6 +68,19 @@ def encode_prompt(messages: Sequence[Message], tokenizer: TextTokenizer) -> list
     return tokenizer.encode(messages[0].content)
 
 
+def opened_thought(tokenizer: TextTokenizer) -> str:
+    """What of a thought the generation prompt has written already, such as `<think>` and a line
+    end; "" where the model opens its thoughts itself."""
+    if tokenizer.chat_template is None:
+        return ""
+    try:
+        start = tokenizer.chat([{"role": "user", "content": "?"}])
+    except ValueError:  # it refuses a lone question: so it will the real ones, and say why
+        return ""
+    before, found, blank = start.rpartition(THOUGHT)
+    return found + blank if found and not blank.strip() else ""
+
+
 def encode_question(
     question: str, tokenizer: TextTokenizer, *, system: str = "", instruction: str = ""
 ) -> list[int]:

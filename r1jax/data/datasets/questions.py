@@ -23,7 +23,7 @@ from r1jax.rl.rewards.code import (
     humaneval_tests,
     mbpp_tests,
 )
-from r1jax.rl.rewards.math import last_boxed
+from r1jax.rl.rewards.math import MAX_ANSWER_CHARS, final_answer, last_boxed
 
 Reader = Callable[..., Rows[Question]]
 
@@ -156,7 +156,7 @@ def _gsm8k(row: Row) -> Question:
     found = GSM8K_ANSWER.findall(worked)
     if not found:
         raise ValueError("field 'answer' has no line '#### N'")
-    answer = found[-1].replace(",", "").strip()
+    answer = _reference(found[-1].replace(",", "").strip())
     name = identity("gsm8k", question)
     return Question(question, answer, "gsm8k", name, solution=worked)
 
@@ -169,7 +169,7 @@ def _math(row: Row, *, leave_out: frozenset[int]) -> Question | None:
             return None
     question, worked = fields.text(row, *ASKED), fields.text(row, "solution")
     name = identity("math", question)
-    return Question(question, _boxed(worked), "math", name, solution=worked)
+    return Question(question, _reference(_boxed(worked)), "math", name, solution=worked)
 
 
 def _with_answer(row: Row, *, source: str) -> Question:
@@ -182,7 +182,17 @@ def _with_answer(row: Row, *, source: str) -> Question:
         answer = _boxed(fields.text(row, name))
     named = row.get("unique_id")
     name = f"{source}/{named}" if isinstance(named, str) else identity(source, question)
-    return Question(question, answer, source, name, solution=worked)
+    return Question(question, _reference(answer), source, name, solution=worked)
+
+
+def _reference(answer: str) -> str:
+    """The reference, if the judge of mathematics will find something to compare with in it."""
+    read = len(final_answer(answer))
+    if not read:
+        raise ValueError(f"field 'answer' holds no answer: {answer[:20]!r}")
+    if read > MAX_ANSWER_CHARS:
+        raise ValueError(f"field 'answer' has {read} characters, more than {MAX_ANSWER_CHARS}")
+    return answer
 
 
 def _boxed(worked: str) -> str:

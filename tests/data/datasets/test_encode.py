@@ -18,6 +18,7 @@ from r1jax.data.datasets import (
     encode_preference,
     encode_question,
     encode_turns,
+    opened_thought,
     preference_examples,
 )
 from r1jax.data.packing import pack
@@ -126,6 +127,14 @@ def test_a_thought_that_the_prompt_opens_is_not_opened_twice():
         assert part == "t\n</think>\n\na</s>"
     with pytest.raises(ValueError, match="opens a thought"):
         encode_conversation(talk("q", "a"), words)
+
+
+def test_what_the_prompt_opens():
+    """`<think>` and what follows it; not a thought that is closed, nor one in the question."""
+    templates = (THINKING, CHATML, EMPTY_THOUGHT, "<think>{{ messages[0]['content'] }}", None)
+    found = [opened_thought(tokenizer(template)) for template in templates]
+    assert found == ["<think>\n", "", "", "", ""]
+    assert opened_thought(tokenizer("{{ raise_exception('no') }}")) == ""
 
 
 def test_turns_that_the_template_rewrites_are_learnt_in_rows_of_their_own():
