@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("slices", "data", "fsdp", "expert")),
@@ -81,6 +81,33 @@ def take(table_ND: jax.Array, index: jax.Array, *axes: str | None) -> jax.Array:
     if not mesh.empty and mesh.are_all_axes_explicit:
         return table_ND.at[index].get(out_sharding=spec(*axes))
     return constrain(table_ND[index], *axes)
+
+
+def place(tree: Any, where: Any) -> Any:
+    """Arrays where `where`, a pytree of `spec(...)`, says; as they are without a mesh.
+
+    Each process must have the whole arrays; it places its own part of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else jax.device_put(tree, where)
+
+
+def kept(tree: Any, where: Any) -> Any:
+    """What a program makes anew of arrays that lie as `where` says, so that it lies there again.
+
+    Else XLA may choose another place, and the next call of the program is compiled for that.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or mesh.are_all_axes_explicit:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, where)
+
+
+def placed_shape(x: Any, where: PartitionSpec) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array that `place` would put there."""
+    mesh = jax.sharding.get_mesh()
+    lies = None if mesh.empty else NamedSharding(mesh, where)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies)
 
 
 def platform() -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from r1jax.config.check import activations, one_of, positive
+from r1jax.config.mesh import MeshConfig
 from r1jax.config.model import FP8Config
 from r1jax.config.tasks import Difficulty
 from r1jax.config.training import GRPOConfig, PairsConfig, PPOConfig, SamplingConfig, SFTConfig
@@ -166,6 +167,7 @@ class SFTRun:
     data: AnswerData = field(default_factory=AnswerData)
     epochs: float = 0.0
     sft: SFTConfig = field(default_factory=SFTConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint_every: float = 30.0
 
     def __post_init__(self):
@@ -186,6 +188,7 @@ class GRPORun:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint_every: float = 30.0
 
     def __post_init__(self):
@@ -204,6 +207,7 @@ class PPORun:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint_every: float = 30.0
 
     def __post_init__(self):
@@ -220,6 +224,7 @@ class DPORun:
     start: StartConfig = field(default_factory=StartConfig)
     data: AnswerData = field(default_factory=AnswerData)
     pairs: PairsConfig = field(default_factory=PairsConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint_every: float = 30.0
 
     def __post_init__(self):
@@ -241,6 +246,7 @@ class RewardModelRun:
     start: StartConfig = field(default_factory=StartConfig)
     data: AnswerData = field(default_factory=AnswerData)
     pairs: PairsConfig = field(default_factory=lambda: PairsConfig(loss="pairwise"))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint_every: float = 30.0
 
     def __post_init__(self):

@@ -105,10 +105,18 @@ def whole(variable: nnx.Variable, dtype: Any) -> jax.Array:
 
 def specs(tree: Any) -> Any:
     """The tree with a `PartitionSpec` for each array: by the logical axes of its variable, under
-    the mesh in force; an array that is in no variable is whole everywhere."""
+    the mesh in force; an array that is in no variable is whole everywhere.
+
+    None at the end is left out, as in the results of programs: `jit` compares specs word by word.
+    """
     leaves = jax.tree.leaves(tree, is_leaf=_is_variable)
-    found = [spec(*_axes(x)) if _is_variable(x) else PartitionSpec() for x in leaves]
+    found = [_trimmed(spec(*_axes(x))) if _is_variable(x) else PartitionSpec() for x in leaves]
     return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def _trimmed(where: PartitionSpec) -> PartitionSpec:
+    last = max((i + 1 for i, names in enumerate(where) if names), default=0)
+    return PartitionSpec(*where[:last])
 
 
 def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meshes of devices, and how wide each axis should be for a model on so many of them."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -40,6 +41,15 @@ def make_mesh(
         )
     names, shape = tuple(cfg.sizes()), tuple(cfg.sizes().values())
     return Mesh(_placed(cfg, shape, devices), names, axis_types=(axis_type,) * len(names))
+
+
+def entered(cfg: MeshConfig) -> contextlib.AbstractContextManager:
+    """The mesh of a config in force; of one device there is none.
+
+    Raises:
+        ValueError: as `make_mesh`.
+    """
+    return contextlib.nullcontext() if cfg.devices == 1 else jax.set_mesh(make_mesh(cfg))
 
 
 def _placed(cfg: MeshConfig, shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:

@@ -75,10 +75,14 @@ def rollout(
         raise ValueError(f"{rows} rows must be a multiple of the {n_prompts} prompts (group_size)")
     rules = dict(max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id)
     run = functools.partial(_rollout, **rules, top_k=top_k, top_p=top_p)
-    row, rows = spec("batch"), spec("batch", None)
-    lies = Rollout(spec(), spec(), rows, rows, rows, rows, row)
-    whole = automatic(run, lambda *_: lies)
+    whole = automatic(run, lambda *_: layout())
     return whole(model, prompt_PS, prompt_valid_PS, key, temperature_B)
+
+
+def layout() -> Rollout:
+    """How a rollout lies under the mesh in force: rows are cut over it, prompts are whole."""
+    row, rows = spec("batch"), spec("batch", None)
+    return Rollout(spec(), spec(), rows, rows, rows, rows, row)
 
 
 def _rollout(

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Given answers as arrays: pairs for DPO and reward models, labelled ones for safety."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from r1jax.data.datasets import LabelledIds, PreferenceIds
+from r1jax.sharding import spec
 
 
 class Answers(NamedTuple):
@@ -46,6 +48,12 @@ class Answers(NamedTuple):
         places = shuffled(len(self.tokens), step * size, size, seed=seed)
         batch = self.rows(places, np.full(size, 1 / size, np.float32))
         return {k: v.reshape(micro_batches, -1, *v.shape[1:]) for k, v in batch.items()}
+
+
+def answers_layout(batch: Mapping[str, np.ndarray]) -> dict[str, PartitionSpec]:
+    """How [M, B, …] arrays of a step lie under the mesh in force; their last axis is L or B."""
+    row, rows = spec(None, "batch"), spec(None, "batch", None, "length")
+    return {name: rows if x.ndim == 4 else row for name, x in batch.items()}
 
 
 def of_pairs(items: Sequence[PreferenceIds], *, length: int) -> Answers:

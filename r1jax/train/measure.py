@@ -66,7 +66,7 @@ def pair_accuracy(state: TrainState, reference, rows: Answers, cfg: PairsConfig)
     Args:
         reference: parameters of the reference policy; None for a reward model.
     """
-    size = min(cfg.batch_size, len(rows.tokens))
+    size = cfg.batch_size // cfg.micro_batches
     total = 0.0
     compare = _compare(cfg)
     for begin in range(0, len(rows.tokens), size):

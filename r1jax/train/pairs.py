@@ -15,7 +15,6 @@ import optax
 from flax import nnx
 
 from r1jax.config import PairsConfig
-from r1jax.ops.loss import token_logp
 from r1jax.rl.policy import Metrics
 from r1jax.rl.preference import (
     cdpo_loss,
@@ -26,6 +25,7 @@ from r1jax.rl.preference import (
     pointwise_reward_loss,
     summed_logp,
 )
+from r1jax.train.forward import row_logp, row_value
 from r1jax.train.program import program
 from r1jax.train.state import Controls, TrainState, accumulate, update
 
@@ -34,25 +34,20 @@ Batch = dict[str, jax.Array]  # tokens, positions, segments int32, mask: [M, B, 
 
 def answer_logp(model, micro: Batch, total: Callable) -> tuple[jax.Array, jax.Array]:
     """`total` (a sum or a mean) of the answers' token log-probabilities [B, n]; expert loads."""
-    rows = {k: x.reshape(-1, x.shape[-1]) for k, x in micro.items() if x.ndim == 3}
-    out = model(rows["tokens"], rows["positions"], rows["segments"])
-    logp_BT, _ = token_logp(out.hidden_BTD[:, :-1], model.head_DN(), rows["tokens"][:, 1:])
-    return total(logp_BT, rows["mask"][:, 1:]).reshape(micro["tokens"].shape[:2]), out.stats.load
+    rows = _flat(micro)
+    logp_BT, load_LE = row_logp(model, rows)
+    return total(logp_BT, rows["mask"][:, 1:]).reshape(micro["tokens"].shape[:2]), load_LE
 
 
 def answer_scores(model, micro: Batch) -> tuple[jax.Array, jax.Array]:
     """Scores of a reward model at the last token of each row [B, n], and expert loads."""
-    rows = {k: x.reshape(-1, x.shape[-1]) for k, x in micro.items() if x.ndim == 3}
-    out = model(rows["tokens"], rows["positions"], rows["segments"])
-    last_B1 = last_token(rows["segments"])[:, None]
-    hidden_B1D = jnp.take_along_axis(out.hidden_BTD, last_B1[..., None], axis=1)
-    return model.values(hidden_B1D).reshape(micro["tokens"].shape[:2]), out.stats.load
+    value_B, load_LE = row_value(model, _flat(micro))
+    return value_B.reshape(micro["tokens"].shape[:2]), load_LE
 
 
-def last_token(segments_BT: jax.Array) -> jax.Array:
-    """[B] int32 place of the last real token of each row, 0 where there is none."""
-    place_T = jnp.arange(segments_BT.shape[1])
-    return jnp.max(jnp.where(segments_BT > 0, place_T, 0), axis=1)
+def _flat(micro: Batch) -> Batch:
+    """[B, n, L] → [B · n, L], of what has a value for each token."""
+    return {k: x.reshape(-1, x.shape[-1]) for k, x in micro.items() if x.ndim == 3}
 
 
 def dpo_step(

@@ -36,9 +36,10 @@ class Ahead:
 
     def __init__(self, fn: Callable, *args: Any, **kwargs: Any):
         """Args: a `program`; arrays, or anything with their shape and dtype."""
-        abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-        self._lowered = fn.lower(*jax.tree.map(abstract, args), **jax.tree.map(abstract, kwargs))
-        self.shapes = jax.tree.map(abstract, self._lowered.out_info)
+        self._lowered = fn.lower(*jax.tree.map(_abstract, args), **jax.tree.map(_abstract, kwargs))
+        self.shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._lowered.out_info
+        )
         self._thread = threading.Thread(target=self._compile, daemon=True)
 
     def _compile(self):
@@ -53,3 +54,10 @@ class Ahead:
     def join(self) -> None:
         """Waits until it is compiled."""
         self._thread.join()
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype, and on a mesh where it lies."""
+    where = x.sharding if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else None
+    on_mesh = where is not None and where.num_devices > 1
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where if on_mesh else None)

@@ -12,8 +12,8 @@ from r1jax.data.datasets import General, general
 from r1jax.data.text import TextTokenizer
 from r1jax.nn.value import trunk_of, valued
 from r1jax.rl.rollout import Rollout, rows_of
+from r1jax.train.forward import WHOLE, row_value
 from r1jax.train.judge import Score
-from r1jax.train.pairs import last_token
 from r1jax.train.program import program
 from r1jax.train.questions import Asked
 from r1jax.train.sampler import Completions
@@ -88,8 +88,5 @@ def preferred(
 
 def scores(state: TrainState, rollout: Rollout) -> jax.Array:
     """[B] score of each completion, read at its last token."""
-    model, rows = state.model(), rows_of(rollout)
-    hidden_BTD = model(*rows).hidden_BTD
-    last_B1 = last_token(rows.segments_BL)[:, None]
-    hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B1[..., None], axis=1)
-    return model.values(hidden_B1D)[:, 0]
+    rows = dict(zip(WHOLE, rows_of(rollout), strict=True))
+    return row_value(state.model(), rows)[0]

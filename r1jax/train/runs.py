@@ -7,6 +7,8 @@ model/    what was trained: `r1jax generate OUT/model`, and the start of the nex
 
 import contextlib
 import dataclasses
+import functools
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +41,7 @@ from r1jax.eval.curves import draw_curves
 from r1jax.eval.summary import read_summary, write_summary
 from r1jax.io import metrics, outdir
 from r1jax.nn.value import trunk_of, valued
+from r1jax.parallel.mesh import entered
 from r1jax.train import answers, stages
 from r1jax.train.asked import heldout_questions, training_questions
 from r1jax.train.collect import Collector
@@ -87,12 +90,41 @@ def run_trainer(
     run = Run(Path(out), as_dict, display or Silent(), cfg.checkpoint_every)
     if not force and outdir.inspect(out, as_dict) == "finished":
         return read_summary(out)
-    start = open_start(cfg.start)  # what is wrong is refused before anything is written
+    with entered(cfg.mesh):
+        return _run_trainer(cfg, run, force)
+
+
+def _run_trainer(cfg: RunConfig, run: Run, force: bool) -> Record:
+    out, as_dict = run.out, run.config
+    rows, length = batch_of(cfg)
+    fits = functools.partial(cfg.mesh.check, rows=rows, length=length)
+    # What is wrong is refused before anything is written.
+    start = open_start(cfg.start, check=fits)
+    if cfg.mesh.devices < jax.device_count():
+        run.progress.message(
+            f"{cfg.mesh.devices} of {jax.device_count()} devices at work; for all of them set "
+            f"mesh.fsdp={jax.device_count() * cfg.mesh.fsdp // cfg.mesh.devices}"
+        )
     with _trainer(cfg, run, start) as train, outdir.held(out, as_dict, force=force):
         records = train()
         summary = write_summary(run.out, {"stages": records, "seed": cfg.seed, "config": as_dict})
         draw_curves(run.out / "curves.png", metrics.read(run.out / "metrics.jsonl"), cfg.trainer)
     return summary
+
+
+def batch_of(cfg: RunConfig) -> tuple[int, int]:
+    """Rows of a micro-batch, and their length, of a run."""
+    if isinstance(cfg, SFTRun):
+        return cfg.sft.batch_size // cfg.sft.micro_batches, cfg.sft.length
+    if isinstance(cfg, DPORun | RewardModelRun):
+        return cfg.pairs.batch_size // cfg.pairs.micro_batches, cfg.pairs.length
+    stage = cfg.grpo if isinstance(cfg, GRPORun) else cfg.ppo
+    # A piece is scored at once by a reward model.
+    piece = stage.prompts * stage.group_size // stage.pieces
+    micro = (
+        stage.prompts * stage.group_size // (stage.update.minibatches * stage.update.micro_batches)
+    )
+    return math.gcd(piece, micro), cfg.sampling.prompt_length + cfg.sampling.max_new_tokens
 
 
 @contextlib.contextmanager

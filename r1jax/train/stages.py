@@ -22,8 +22,9 @@ from r1jax.data import corpus
 from r1jax.data.packing import Packed, example, pack
 from r1jax.data.template import prompt
 from r1jax.eval.score import score
-from r1jax.rl.rollout import Rollout
-from r1jax.train.answers import Answers
+from r1jax.rl.rollout import Rollout, layout
+from r1jax.sharding import place, placed_shape, spec
+from r1jax.train.answers import Answers, answers_layout
 from r1jax.train.collect import Collector
 from r1jax.train.grpo import compile_grpo
 from r1jax.train.loop import Run, run_stage
@@ -67,7 +68,9 @@ def supervised(
             np.float32(optim.learning_rate(cfg.optim, step, cfg.steps)),
             np.float32(speed if step < cfg.steps * (1 - cfg.bias_freeze) else 0.0),
         )
-        new, metrics = step_jit(carry["state"], micro_batched(batch, cfg.micro_batches), controls)
+        batch = micro_batched(batch, cfg.micro_batches)
+        batch = place(batch, {name: spec(None, "batch", "length") for name in batch})
+        new, metrics = step_jit(carry["state"], batch, controls)
 
         def row():
             values = {k: v for k, v in metrics.items() if k != "load"}
@@ -107,8 +110,9 @@ def grpo(
             compiling.append(_compiling(step_jit, carry, rollouts, controls_at(0), temperature))
         got = collect(carry["state"], step, int(carry["drawn"]))
         compiling[0].join()
+        sampled = place(got.rollout, layout())
         new, metrics = step_jit(
-            carry["state"], carry["reference"], got.rollout, got.reward_B, controls_at(step),
+            carry["state"], carry["reference"], sampled, got.reward_B, controls_at(step),
             temperature=temperature,
         )  # fmt: skip
         reference = renewed(carry["reference"], new.params, step, cfg.reference_every)
@@ -132,6 +136,7 @@ def grpo(
 def _compiling(step_jit, carry, rollouts: Rollout, controls: Controls, temperature) -> Ahead:
     """The step, compiling in a thread: the sampler compiles in its first call meanwhile."""
     rewards_B = rollouts.ended_B.update(dtype=np.float32)
+    rollouts = jax.tree.map(placed_shape, rollouts, layout())
     args = carry["state"], carry["reference"], rollouts, rewards_B, controls
     return Ahead(step_jit, *args, temperature=temperature).start()
 
@@ -170,8 +175,9 @@ def ppo(
     def step_fn(step, carry):
         got = collector.batch(policy(carry["state"]), step, int(carry["drawn"]))
         now = carry["state"] if critic is None else ActorCritic(carry["state"], carry["critic"])
+        sampled = place(got.rollout, layout())
         new, metrics = step_jit(
-            now, carry["reference"], got.rollout, got.reward_B, controls_at(step),
+            now, carry["reference"], sampled, got.reward_B, controls_at(step),
             temperature=temperature,
         )  # fmt: skip
         new = {"state": new} if critic is None else {"state": new.actor, "critic": new.critic}
@@ -209,6 +215,7 @@ def pairs(
 
     def step_fn(step, carry):
         batch = rows.batch(step, cfg.batch_size, cfg.micro_batches, seed=seed)
+        batch = place(batch, answers_layout(batch))
         rate = optim.learning_rate(cfg.optim, step, cfg.steps)
         controls = Controls(np.float32(rate), np.float32(bias_speed))
         given = (carry["state"], carry["reference"]) if is_policy else (carry["state"],)

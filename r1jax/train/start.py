@@ -2,7 +2,7 @@
 """The model that a run starts from, as a state to train, and back into a model folder."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from r1jax.data.text import TextTokenizer
 from r1jax.io.model import Model, open_model, save_model
 from r1jax.nn.build import blank
 from r1jax.nn.param import RouterBias, filled, leaves
+from r1jax.sharding import place
 from r1jax.train.sampler import Ending
-from r1jax.train.state import TrainState
+from r1jax.train.state import TrainState, laid
 from r1jax.train.trained import is_run, open_run
 
 VALUE_HEAD = "value_head.npz"  # beside the weights of a reward model
@@ -51,11 +52,16 @@ class Start:
         return self.cfg.moe.bias_update_speed if isinstance(self.cfg, ModelConfig) else 0.0
 
 
-def open_start(cfg: StartConfig) -> Start:
+def open_start(
+    cfg: StartConfig, *, check: Callable[[ModelConfig | DenseConfig], None] = lambda _: None
+) -> Start:
     """Opens the model of a config.
 
+    Args:
+        check: refuses architectures that do not go with the run, before arrays are laid out.
+
     Raises:
-        ValueError: there is none, or it has no tokenizer.
+        ValueError: there is none, or it has no tokenizer; or as `check`.
     """
     path = Path(cfg.path)
     found = open_run(path) if is_run(path) else open_model(path, dtype="float32")
@@ -65,16 +71,18 @@ def open_start(cfg: StartConfig) -> Start:
     if cfg.dtype:
         changes["dtype"] = cfg.dtype
     arch = dataclasses.replace(found.cfg, **changes)
+    check(arch)
     # Weights in FP8 blocks are dequantised by this too.
     values = {name: v.get_value().astype(jnp.float32) for name, v in leaves(found.module).items()}
-    module = filled(blank(arch), values)
-    return Start(dataclasses.replace(found, cfg=arch, module=module), state_of(module))
+    state = state_of(filled(blank(arch), values))
+    return Start(dataclasses.replace(found, cfg=arch, module=state.model()), state)
 
 
 def state_of(module: nnx.Module) -> TrainState:
-    """A state of the module as it is, without an optimizer."""
+    """A state of the module as it is, without an optimizer; on a mesh laid out by its axes."""
     graphdef, params, router = nnx.split(module, nnx.Param, RouterBias)
-    return TrainState(jnp.int32(0), params, router, (), graphdef)
+    state = TrainState(jnp.int32(0), params, router, (), graphdef)
+    return place(state, laid(state))
 
 
 def ending_of(model: Model) -> Ending:

@@ -13,6 +13,7 @@ from flax import nnx
 from r1jax import optim
 from r1jax.nn.param import RouterBias, initialise, specs
 from r1jax.ops.routing import balance_bias
+from r1jax.sharding import kept
 
 
 @jax.tree_util.register_dataclass
@@ -141,6 +142,7 @@ def update(
         keep(opt, state.opt),
         state.graphdef,
     )
+    state = kept(state, laid(state))
     return state, {"grad_norm": norm, "skipped": 1.0 - good.astype(jnp.float32)}
 
 

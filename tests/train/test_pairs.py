@@ -13,7 +13,8 @@ from flax import nnx
 from r1jax.config import PairsConfig
 from r1jax.nn.param import RouterBias
 from r1jax.nn.value import trunk_of, valued
-from r1jax.train.pairs import dpo_step, last_token, reward_model_step
+from r1jax.train.forward import last_token
+from r1jax.train.pairs import dpo_step, reward_model_step
 from r1jax.train.state import Controls, TrainState
 from tests.nn import tiny as models
 from tests.train import tiny
