@@ -26,7 +26,7 @@ def training_questions(
         ValueError: the file cannot be used, or a prompt is too long and `cfg.skip` is off.
     """
     if cfg.dataset.startswith(TASK):
-        return lambda index, n: _of_task(cfg, tokenizer, n, seed=seed + index)
+        return lambda index, n: _of_task(cfg, tokenizer, n, longest, seed=seed + index)
     asked = _of_file(cfg, cfg.path, tokenizer, longest, progress)
     count = len(asked.ids)
 
@@ -42,7 +42,7 @@ def heldout_questions(
 ) -> Asked:
     """What is measured: the same at every seed. Empty where the config names no file for it."""
     if cfg.dataset.startswith(TASK):
-        return _of_task(cfg, tokenizer, n, seed=0, split="heldout")
+        return _of_task(cfg, tokenizer, n, longest, seed=0, split="heldout")
     if not cfg.heldout:
         return Asked([], [], [])
     asked = _of_file(cfg, cfg.heldout, tokenizer, longest, progress)
@@ -50,13 +50,22 @@ def heldout_questions(
     return Asked(*([field[i] for i in places] for field in asked))
 
 
-def _of_task(cfg: QuestionData, tokenizer, n: int, *, seed: int, split: str = "train") -> Asked:
+def _of_task(
+    cfg: QuestionData, tokenizer, n: int, longest: int, *, seed: int, split: str = "train"
+) -> Asked:
     name = cfg.dataset.removeprefix(TASK)
     heldout = split == "heldout"
     found = problems(
         n, seed=seed, tasks=(name,), split=split, unique=heldout, difficulty=cfg.difficulty
     )
-    return _asked([p.question for p in found], found, cfg, tokenizer)
+    asked = _asked([p.question for p in found], found, cfg, tokenizer)
+    most = max(map(len, asked.ids))
+    if most > longest:
+        raise ValueError(
+            f"data.dataset={cfg.dataset}: a prompt has {most} tokens, more than "
+            f"sampling.prompt_length={longest}; raise it"
+        )
+    return asked
 
 
 def _of_file(cfg: QuestionData, path: str, tokenizer, longest: int, progress: Progress) -> Asked:

@@ -2,6 +2,7 @@
 """A trained reward model as a reward: one score a completion."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 
 from r1jax.config import StartConfig
 from r1jax.data.text import TextTokenizer
+from r1jax.io.outdir import MARKER
 from r1jax.nn.value import trunk_of, valued
 from r1jax.rl.rollout import Rollout, rows_of
 from r1jax.train.pairs import last_token
@@ -16,16 +18,20 @@ from r1jax.train.program import program
 from r1jax.train.sampler import Completions
 from r1jax.train.start import open_start, read_value_head, state_of
 from r1jax.train.state import TrainState
+from r1jax.train.trained import MODEL
 
 
 def open_scorer(path: str, tokenizer: TextTokenizer) -> Callable[[Completions], np.ndarray]:
     """The reward model of a folder as a function from completions to scores [B] float32.
 
+    `path` is of the model, or of the run that trained it.
+
     Raises:
         ValueError: it is no reward model of r1jax, or another vocabulary than the policy's.
     """
-    head = read_value_head(path)
-    start = open_start(StartConfig(path=path, remat=False))
+    folder = Path(path, MODEL) if Path(path, MARKER).is_file() else Path(path)
+    head = read_value_head(folder)
+    start = open_start(StartConfig(path=str(folder), remat=False))
     theirs, ours = (t.tokenizer.get_vocab(True) for t in (start.tokenizer, tokenizer))
     if theirs != ours:
         raise ValueError(
