@@ -2,7 +2,7 @@
 """The questions of a run, from generated tasks or from files, by the model's own chat template."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from r1jax.config import QuestionData
 from r1jax.data.corpus import problems
@@ -42,7 +42,10 @@ def heldout_questions(
 ) -> Asked:
     """What is measured: the same at every seed. Empty where the config names no file for it."""
     if cfg.dataset.startswith(TASK):
-        return _of_task(cfg, tokenizer, n, longest, seed=0, split="heldout")
+        try:
+            return _of_task(cfg, tokenizer, n, longest, seed=0, split="heldout")
+        except ValueError as error:
+            raise ValueError(f"measure.questions={n}: {error}") from error
     if not cfg.heldout:
         return Asked([], [], [])
     asked = _of_file(cfg, cfg.heldout, tokenizer, longest, progress)
@@ -74,6 +77,7 @@ def _of_file(cfg: QuestionData, path: str, tokenizer, longest: int, progress: Pr
         progress.message(f"{path}: {len(rows.skipped)} rows skipped, the first {rows.skipped[0]}")
     answers = [_answer(q) for q in rows.items]
     asked = _asked([q.question for q in rows.items], answers, cfg, tokenizer)
+    tell_unknown(progress, path, tokenizer, asked.ids)
     fits = [len(ids) <= longest for ids in asked.ids]
     if all(fits):
         return asked
@@ -88,6 +92,20 @@ def _of_file(cfg: QuestionData, path: str, tokenizer, longest: int, progress: Pr
     progress.message(f"{path}: {fits.count(False)} prompts of more than {longest} tokens skipped")
     kept = [i for i, fit in enumerate(fits) if fit]
     return Asked(*([field[i] for i in kept] for field in asked))
+
+
+def tell_unknown(
+    progress: Progress, path: str, tokenizer: TextTokenizer, rows: Iterable[Sequence[int]]
+) -> None:
+    """Says how much of the data a model has no words for, if it is anything."""
+    unknown = tokenizer.unk_id
+    counts = [(len(ids), list(ids).count(unknown)) for ids in rows]
+    total, lost = (sum(column) for column in zip(*counts, strict=True))
+    if unknown is not None and lost:
+        progress.message(
+            f"warning: {path}: {lost:,} of {total:,} tokens are {tokenizer.config['unk_token']}, "
+            "text that the model's tokenizer has no words for"
+        )
 
 
 def _answer(question: Question):
