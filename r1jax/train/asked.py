@@ -3,7 +3,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from r1jax.config import QuestionData
 from r1jax.data.corpus import problems
@@ -45,7 +45,7 @@ def training_questions(
 
         def checked(index: int, n: int, step: int) -> Asked:
             # Far enough apart for one number a batch: two runs share no batch.
-            return _of_task(cfg, tokenizer, n, seed=seed * 1_000_000 + index)
+            return _of_task(cfg, tokenizer, n, longest, seed=seed * 1_000_000 + index)
     else:
         asked = _of_file(cfg, cfg.path, tokenizer, longest, progress)
 
@@ -93,7 +93,10 @@ def heldout_questions(
 ) -> Asked:
     """What is measured: the same at every seed. Empty where the config names no file for it."""
     if cfg.dataset.startswith(TASK):
-        return _of_task(cfg, tokenizer, n, seed=0, split="heldout")
+        try:
+            return _of_task(cfg, tokenizer, n, longest, seed=0, split="heldout")
+        except ValueError as error:
+            raise ValueError(f"measure.questions={n}: {error}") from error
     if not cfg.heldout:
         return Asked([], [], [])
     asked = _of_file(cfg, cfg.heldout, tokenizer, longest, progress)
@@ -105,13 +108,22 @@ def _picked(asked: Asked, places: Sequence[int]) -> Asked:
     return Asked(*([field[i] for i in places] for field in asked))
 
 
-def _of_task(cfg: QuestionData, tokenizer, n: int, *, seed: int, split: str = "train") -> Asked:
+def _of_task(
+    cfg: QuestionData, tokenizer, n: int, longest: int, *, seed: int, split: str = "train"
+) -> Asked:
     name = cfg.dataset.removeprefix(TASK)
     heldout = split == "heldout"
     found = problems(
         n, seed=seed, tasks=(name,), split=split, unique=heldout, difficulty=cfg.difficulty
     )
-    return _asked([p.question for p in found], found, cfg, tokenizer)
+    asked = _asked([p.question for p in found], found, cfg, tokenizer)
+    most = max(map(len, asked.ids))
+    if most > longest:
+        raise ValueError(
+            f"data.dataset={cfg.dataset}: a prompt has {most} tokens, more than "
+            f"sampling.prompt_length={longest}; raise it"
+        )
+    return asked
 
 
 def _of_file(cfg: QuestionData, path: str, tokenizer, longest: int, progress: Progress) -> Asked:
@@ -120,6 +132,7 @@ def _of_file(cfg: QuestionData, path: str, tokenizer, longest: int, progress: Pr
         progress.message(f"{path}: {len(rows.skipped)} rows skipped, the first {rows.skipped[0]}")
     answers = [_answer(q) for q in rows.items]
     asked = _asked([q.question for q in rows.items], answers, cfg, tokenizer)
+    tell_unknown(progress, path, tokenizer, asked.ids)
     return _fitting(asked, path, longest, skip=cfg.skip, progress=progress)
 
 
@@ -131,6 +144,7 @@ def _general(cfg: QuestionData, tokenizer, longest: int, progress: Progress) -> 
         )
     before = (Message("system", cfg.system),) if cfg.system else ()
     ids = [encode_prompt([*before, *row.prompt], tokenizer) for row in rows.items]
+    tell_unknown(progress, cfg.general, tokenizer, ids)
     texts = [row.prompt[-1].content for row in rows.items]
     asked = Asked(texts, ids, list(rows.items))
     return _fitting(asked, cfg.general, longest, skip=cfg.skip, progress=progress)
@@ -150,6 +164,20 @@ def _fitting(asked: Asked, path: str, longest: int, *, skip: bool, progress: Pro
         raise ValueError(f"{path}: no prompt fits into sampling.prompt_length={longest}")
     progress.message(f"{path}: {fits.count(False)} prompts of more than {longest} tokens skipped")
     return _picked(asked, [i for i, fit in enumerate(fits) if fit])
+
+
+def tell_unknown(
+    progress: Progress, path: str, tokenizer: TextTokenizer, rows: Iterable[Sequence[int]]
+) -> None:
+    """Says how much of the data a model has no words for, if it is anything."""
+    unknown = tokenizer.unk_id
+    counts = [(len(ids), list(ids).count(unknown)) for ids in rows]
+    total, lost = (sum(column) for column in zip(*counts, strict=True))
+    if unknown is not None and lost:
+        progress.message(
+            f"warning: {path}: {lost:,} of {total:,} tokens are {tokenizer.config['unk_token']}, "
+            "text that the model's tokenizer has no words for"
+        )
 
 
 def _answer(question: Question):

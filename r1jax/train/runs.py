@@ -43,7 +43,7 @@ from r1jax.io import metrics, outdir
 from r1jax.nn.value import trunk_of, valued
 from r1jax.parallel.mesh import entered
 from r1jax.train import answers, stages
-from r1jax.train.asked import heldout_questions, training_questions
+from r1jax.train.asked import heldout_questions, tell_unknown, training_questions
 from r1jax.train.collect import Collector
 from r1jax.train.judge import Rules
 from r1jax.train.loop import Run, finish, finished, load
@@ -61,9 +61,9 @@ from r1jax.train.start import (
     state_of,
 )
 from r1jax.train.state import TrainState
+from r1jax.train.trained import MODEL
 from r1jax.train.verifying import verifier
 
-MODEL = "model"
 Record = dict[str, Any]
 
 
@@ -141,17 +141,22 @@ def _trainer(cfg: RunConfig, run: Run, start: Start) -> Iterator[Any]:
 
 def _sft(cfg: SFTRun, run: Run, start: Start):
     """Supervised fine-tuning on packed conversations."""
-    rows = conversations(cfg.data.path, skip=cfg.data.skip)
-    items = rows.items[: cfg.sft.examples]
-    if len(items) < len(rows.items):
+    path, skip, most = cfg.data.path, cfg.data.skip, cfg.sft.examples
+    rows = conversations(path, skip=skip)
+    if len(rows.items) > most:
         run.progress.message(
-            f"{cfg.data.path}: the first {len(items)} of {len(rows.items)} conversations are "
-            "learnt; raise sft.examples for more"
+            f"{path}: the first {most:,} of {len(rows.items):,} conversations are learnt; "
+            "raise sft.examples for more"
         )
     examples = conversation_examples(
-        items, start.tokenizer, length=cfg.sft.length, skip=cfg.data.skip
+        rows.items[:most],
+        start.tokenizer,
+        length=min(cfg.sft.length, start.cfg.max_position),
+        skip=skip,
+        places=rows.places,
     )
-    _tell_skipped(run, cfg.data.path, [*rows.skipped, *examples.skipped])
+    _tell_skipped(run, path, [*rows.skipped, *examples.skipped])
+    tell_unknown(run.progress, path, start.tokenizer, [ids for ids, _ in examples.items])
     ending = ending_of(start.model)
     packed = pack(examples.items, length=cfg.sft.length, pad_id=ending.pad_id)
     sft = cfg.sft
@@ -205,6 +210,11 @@ def _pairs(cfg: DPORun | RewardModelRun, run: Run, start: Start):
 def _answers(cfg: DPORun | RewardModelRun, path: str, run: Run, start: Start) -> answers.Answers:
     """The rows of a file as arrays."""
     length, skip = cfg.pairs.length, cfg.data.skip
+    if length > start.cfg.max_position:
+        raise ValueError(
+            f"pairs.length={length} exceeds the {start.cfg.max_position} positions of "
+            f"{cfg.start.path}; lower it"
+        )
     if cfg.pairs.loss == "pointwise":
         rows = labelled(path, skip=skip)
         ids = encoded(
@@ -213,13 +223,19 @@ def _answers(cfg: DPORun | RewardModelRun, path: str, run: Run, start: Start) ->
             size=lambda item: len(item.prompt) + len(item.completion),
             length=length,
             skip=skip,
+            places=rows.places,
         )
         made = answers.of_labelled(ids.items, length=length)
     else:
         rows = preferences(path, skip=skip)
-        ids = preference_examples(rows.items, start.tokenizer, length=length, skip=skip)
+        ids = preference_examples(
+            rows.items, start.tokenizer, length=length, skip=skip, places=rows.places
+        )
         made = answers.of_pairs(ids.items, length=length)
     _tell_skipped(run, path, [*rows.skipped, *ids.skipped])
+    run.progress.message(f"{path}: {len(ids.items):,} rows")
+    texts = [part for item in ids.items for part in item if isinstance(part, list)]
+    tell_unknown(run.progress, path, start.tokenizer, texts)
     return made
 
 
@@ -253,6 +269,7 @@ def _online(cfg: GRPORun | PPORun, run: Run, start: Start, collector: Collector,
     def measured(name: str, state: TrainState, record: Record) -> Record:
         if not heldout.ids:
             return record
+        run.progress.message(f"{name}: measuring {len(heldout.ids)} held-out questions")
         how = dict(samples=cfg.measure.samples, temperature=stage.temperature, seed=cfg.seed)
         figures = measure(state, collector.sampler, heldout, collector.judge, **how)
         run.progress.message(f"{name}: held-out pass@1 {figures['pass_at_1']:.1%}")

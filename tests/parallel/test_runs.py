@@ -132,10 +132,11 @@ def test_a_dense_model_cut_in_heads_and_positions(tmp_path, folder, name):
 
 def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, folder):
     run = RUNS["sft"](folder, "moe")
+    run = dataclasses.replace(run, sft=dataclasses.replace(run.sft, micro_batches=4))
     for mesh, said in (
         (MeshConfig(fsdp=3), "takes 3 devices, 8 are there; change mesh.fsdp, for example to 8"),
         (MeshConfig(tensor=8), "must be divisible by mesh.tensor=8"),
-        (MeshConfig(context=8), "mesh.fsdp × expert × context=8"),
+        (MeshConfig(data=8), "rows of a micro-batch=4 must be divisible by"),
     ):
         with pytest.raises(ValueError, match=said):
             run_trainer(dataclasses.replace(run, mesh=mesh), tmp_path / "run")

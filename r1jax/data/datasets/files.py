@@ -5,6 +5,7 @@ What is in a file decides, not its name, save that Parquet ends in `.parquet`. A
 damaged as a whole is refused; a row that cannot be read comes out as `Skipped`.
 """
 
+import dataclasses
 import gzip
 import json
 import zlib
@@ -18,6 +19,8 @@ T = TypeVar("T")
 Row = Mapping[str, Any]
 _GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
+_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet")
+_HINTS = 5  # files that a refusal names
 _SHOWN = 80  # characters of a fault that is quoted
 
 
@@ -34,7 +37,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row | Skipped]]:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder; name the files in it")
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in _SUFFIXES)
+        hint = f": {', '.join(inside[:_HINTS])}" if inside else ""
+        raise ValueError(f"{path}: is a folder; name a file in it{hint}")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     if path.suffix == ".parquet":
@@ -53,16 +58,17 @@ def read(path: str | Path, parse: Callable[[Row], T], *, skip: bool = False) -> 
     Raises:
       ValueError: as `read_rows`, or of bad rows, or there is no row.
     """
-    items, bad = [], []
+    items, places, bad = [], [], []
     for where, row in read_rows(path):
         try:
             if isinstance(row, Skipped):
                 bad.append(row)
             else:
                 items.append(parse(row))
+                places.append(where)
         except ValueError as error:
             bad.append(Skipped(where, str(error)))
-    return settled(items, bad, of=path, skip=skip)
+    return dataclasses.replace(settled(items, bad, of=path, skip=skip), places=tuple(places))
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row | Skipped]]:
