@@ -197,6 +197,11 @@ class GRPOConfig:
         rollouts_fit(self, self.update.minibatches, self.update.micro_batches)
         if self.refill < 0:
             raise ValueError(f"refill must be >= 0, got {self.refill}")
+        if self.group_size == 1 and self.update.objective != "reinforce_pp":
+            raise ValueError(
+                f"group_size=1 leaves update.objective={self.update.objective!r} nothing to "
+                "compare a sample with, so every advantage is 0; raise it, or use reinforce_pp"
+            )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from r1jax.rl.rewards import (
     submit_code,
     submit_math,
 )
+from r1jax.rl.rewards.language import SCRIPTS
 from r1jax.train.questions import Asked
 from r1jax.train.sampler import Completions
 
@@ -86,7 +87,15 @@ class Rules:
         score: Score | None = None,
     ):
         """Args: weights; the tags of completions, None for text without; the verifier; the length
-        limit in tokens, for `overlong`; reward models, for `model`."""
+        limit in tokens, for `overlong`; reward models, for `model`.
+
+        Raises:
+            ValueError: a language that nobody can tell.
+        """
+        if cfg.language and cfg.target_language not in SCRIPTS:
+            raise ValueError(
+                f"reward.target_language={cfg.target_language!r} must be one of {sorted(SCRIPTS)}"
+            )
         self.cfg, self.template, self.verify = cfg, template, verify
         self.max_length, self.score = max_length, score
 

@@ -40,6 +40,12 @@ def test_the_reward_is_the_weighted_sum_and_fractions_survive():
     assert found.shown["mean_tokens"] == 6
 
 
+def test_a_language_that_is_not_known_is_refused_before_anything_is_sampled():
+    with pytest.raises(ValueError, match="reward.target_language='fr' must be one of"):
+        Rules(RewardConfig(language=1.0, target_language="fr"), R1, never, max_length=10)
+    Rules(RewardConfig(target_language="fr"), R1, never, max_length=10)  # of no weight
+
+
 def test_answers_of_no_weight_are_not_verified():
     found = judged(RewardConfig(accuracy=0.0), verify=never)
     np.testing.assert_array_equal(found.reward_B, [1.0, 0.0])
