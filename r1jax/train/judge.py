@@ -140,8 +140,8 @@ class Rules:
             )
         if cfg.overlong:
             buffer = min(cfg.overlong_buffer, self.max_length)
-            found["overlong"] = np.asarray(
-                overlong_penalty(done.tokens_B, max_length=self.max_length, buffer=buffer)
+            found["overlong"] = overlong_penalty(
+                done.tokens_B, max_length=self.max_length, buffer=buffer
             )
         if cfg.repetition:
             found["repetition"] = repetition_penalty(*given)
