@@ -147,6 +147,7 @@ def test_at_learning_rate_0_every_ratio_is_1():
     (actor, _), metrics = after(MANY, value_lr=0.1, temperature=0.7, rollout=drawn(temperature=0.7))
     assert metrics["ratio_error"] < FLOAT32
     assert metrics["clip_fraction"] == 0
+    assert metrics["sampler_error"] < FLOAT32  # the temperature is the sampler's
     chex.assert_trees_all_equal(actor.params, tiny.state().params)
     assert actor.step == 4
 
@@ -167,7 +168,7 @@ def test_a_shared_trunk_with_no_value_weight_has_the_policy_gradient_of_ppo():
         temperature=temperature,
     )  # fmt: skip
     chex.assert_trees_all_close(joint.opt.trace["decoder"], pair.actor.opt.trace, atol=SUMS)
-    for name in ("loss", "kl", "value_loss", "explained_variance", "entropy"):
+    for name in ("loss", "kl", "value_loss", "explained_variance", "entropy", "sampler_error"):
         np.testing.assert_allclose(metrics[name], own_metrics[name], rtol=FLOAT32, err_msg=name)
     assert float(jnp.abs(joint.opt.trace["value_head"][...]).max()) == 0.0
     chex.assert_trees_all_equal(policy_of(joint).params, tiny.state().params)
