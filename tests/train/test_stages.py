@@ -99,9 +99,10 @@ def rows(out):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in found]
 
 
-def refilled(run):
+def refilled(run, questions=fresh):
     """DAPO: no reference is held, and a step may take several batches of questions."""
-    return grpo(run, update=UpdateConfig(objective="dapo", beta=0.0), refill=1)
+    dapo = UpdateConfig(objective="dapo", beta=0.0)
+    return grpo(run, update=dapo, refill=1, questions=questions)
 
 
 @pytest.mark.parametrize("stage", [supervised, grpo, refilled])
@@ -120,6 +121,19 @@ def test_a_resumed_stage_is_the_uninterrupted_one(tmp_path, stage, at, how, ever
     assert len(rows(tmp_path / "cut")) == STEPS
     start = tiny.state(CFG.model).params["embed"]
     assert np.abs(whole.params["embed"][...] - start[...]).max() > 0
+
+
+def test_no_batch_of_questions_is_asked_twice(tmp_path):
+    """Not even where a step took more than one."""
+    asked = []
+
+    def questions(index, n, step):
+        asked.append(index)
+        return fresh(index, n, step)
+
+    refilled(run_in(tmp_path), questions)
+    assert asked == list(range(len(asked)))
+    assert len(asked) > STEPS
 
 
 def test_the_biases_freeze_at_the_end(tmp_path):
