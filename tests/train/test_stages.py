@@ -75,14 +75,15 @@ def fresh(index, n, step):
     return WORDS.asked(WORDS.problems(n, index, "train"))
 
 
-def grpo(run, *, questions=fresh, seed=0, lr=0.01, seen=None, **changes):
-    """Four steps; the reference is renewed after the second. `seen` takes the texts."""
+def grpo(run, *, questions=fresh, seed=0, lr=0.01, seen=None, dead=0, **changes):
+    """Four steps; the reference is renewed after the second. `seen` takes the texts; the first
+    `dead` rewards of a batch are equal."""
     rules = Rules(RewardConfig(), WORDS.template, by_task(WORDS.template), max_length=8)
 
     def judge(step, asked, done):
         if seen is not None:
             seen.append(tuple(done.texts))
-        odd = [text.count("7") + len(text) % 3 / 4 for text in done.texts]
+        odd = [0.0] * dead + [text.count("7") + len(text) % 3 / 4 for text in done.texts[dead:]]
         verdict = rules(step, asked, done)()
         return lambda: verdict._replace(reward_B=np.array(odd, np.float32))
 
@@ -102,7 +103,7 @@ def rows(out):
 def refilled(run, questions=fresh):
     """DAPO: no reference is held, and a step may take several batches of questions."""
     dapo = UpdateConfig(objective="dapo", beta=0.0)
-    return grpo(run, update=dapo, refill=1, questions=questions)
+    return grpo(run, update=dapo, refill=1, questions=questions, dead=CFG.rl_1.group_size)
 
 
 @pytest.mark.parametrize("stage", [supervised, grpo, refilled])
