@@ -149,7 +149,7 @@ def _sft(cfg: SFTRun, run: Run, start: Start):
             "learnt; raise sft.examples for more"
         )
     examples = conversation_examples(
-        items, start.tokenizer, length=cfg.sft.length, skip=cfg.data.skip
+        items, start.tokenizer, length=cfg.sft.length, skip=cfg.data.skip, where=rows.where
     )
     _tell_skipped(run, cfg.data.path, [*rows.skipped, *examples.skipped])
     ending = ending_of(start.model)
@@ -205,19 +205,19 @@ def _pairs(cfg: DPORun | RewardModelRun, run: Run, start: Start):
 def _answers(cfg: DPORun | RewardModelRun, path: str, run: Run, start: Start) -> answers.Answers:
     """The rows of a file as arrays."""
     length, skip = cfg.pairs.length, cfg.data.skip
-    if cfg.pairs.loss == "pointwise":
-        rows = labelled(path, skip=skip)
+    pointwise = cfg.pairs.loss == "pointwise"
+    rows = (labelled if pointwise else preferences)(path, skip=skip)
+    how = dict(length=length, skip=skip, where=rows.where)
+    if pointwise:
         ids = encoded(
             rows.items,
             lambda item: [encode_labelled(item, start.tokenizer)],
             size=lambda item: len(item.prompt) + len(item.completion),
-            length=length,
-            skip=skip,
+            **how,
         )
         made = answers.of_labelled(ids.items, length=length)
     else:
-        rows = preferences(path, skip=skip)
-        ids = preference_examples(rows.items, start.tokenizer, length=length, skip=skip)
+        ids = preference_examples(rows.items, start.tokenizer, **how)
         made = answers.of_pairs(ids.items, length=length)
     _tell_skipped(run, path, [*rows.skipped, *ids.skipped])
     return made

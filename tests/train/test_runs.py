@@ -284,6 +284,28 @@ def test_runs_of_other_seeds_are_asked_other_questions(start):
     assert len(set(batches)) == len(batches)
 
 
+def test_what_is_too_long_is_named_by_its_line(tmp_path, start):
+    """Also behind a row that was skipped before."""
+    fits = {"prompt": "compute 1 + 1", "completion": "<think> 1 </think>"}
+    rows = [{"prompt": "compute 1 + 1"}, fits, fits | {"completion": "1 " * 40}]
+    path, heard = rows_to(tmp_path / "sft.jsonl", rows), Heard()
+    sft = SFTConfig(steps=0, batch_size=2, length=16, optim=FAST)
+    run = SFTRun(start=start, data=AnswerData(path=path, skip=True), sft=sft)
+    run_trainer(run, tmp_path / "run", display=heard)
+    assert any("2 rows skipped, the first" in line for line in heard.lines)
+    path = rows_to(tmp_path / "long.jsonl", rows[1:])
+    refused(
+        tmp_path / "no", dataclasses.replace(run, data=AnswerData(path=path)), r"long\.jsonl:2: "
+    )
+    pair = {"prompt": "compute 1 + 1", "chosen": "1 " * 40, "rejected": "2"}
+    path = rows_to(tmp_path / "pairs.jsonl", [pair | {"chosen": "3"}, pair])
+    refused(
+        tmp_path / "no",
+        DPORun(start=start, data=AnswerData(path=path), pairs=PairsConfig(length=16)),
+        r"pairs\.jsonl:2: ",
+    )
+
+
 def refused(tmp_path, run, message):
     with pytest.raises(ValueError, match=message):
         run_trainer(run, tmp_path / "run")

@@ -179,6 +179,7 @@ def conversation_examples(
     *,
     length: int,
     skip: bool = False,
+    where: Sequence[str] = (),
 ) -> Rows[Example]:
     """What `pack` takes, of all conversations.
 
@@ -187,6 +188,7 @@ def conversation_examples(
       tokenizer: with the chat template.
       length: most ids in an example.
       skip: leave out what cannot be encoded or is longer, instead of refusing all.
+      where: the items' names for errors, as in `Rows`.
 
     Raises:
       ValueError: items that cannot be encoded or are too long (the first few are named), or none.
@@ -195,11 +197,17 @@ def conversation_examples(
     def encode(conversation: Conversation) -> Iterator[Example]:
         yield from encode_turns(conversation.messages, tokenizer)
 
-    return encoded(conversations, encode, size=lambda e: len(e[0]), length=length, skip=skip)
+    how = dict(length=length, skip=skip, where=where)
+    return encoded(conversations, encode, size=lambda e: len(e[0]), **how)
 
 
 def preference_examples(
-    preferences: Iterable[Preference], tokenizer: TextTokenizer, *, length: int, skip: bool = False
+    preferences: Iterable[Preference],
+    tokenizer: TextTokenizer,
+    *,
+    length: int,
+    skip: bool = False,
+    where: Sequence[str] = (),
 ) -> Rows[PreferenceIds]:
     """As `conversation_examples`, of pairs; `length` bounds the prompt with the longer answer."""
 
@@ -209,7 +217,8 @@ def preference_examples(
     def size(ids: PreferenceIds) -> int:
         return len(ids.prompt) + max(len(ids.chosen), len(ids.rejected))
 
-    return encoded(preferences, encode, size=size, length=length, skip=skip)
+    how = dict(length=length, skip=skip, where=where)
+    return encoded(preferences, encode, size=size, **how)
 
 
 def encoded(
@@ -219,6 +228,7 @@ def encoded(
     size: Callable[[R], int],
     length: int,
     skip: bool = False,
+    where: Sequence[str] = (),
 ) -> Rows[R]:
     """What `encode` makes of each item, where all of it has at most `length` tokens.
 
@@ -226,7 +236,7 @@ def encoded(
       ValueError: as `conversation_examples`.
     """
     found, bad = [], []
-    for number, item in enumerate(items, 1):
+    for number, item in enumerate(items):
         try:
             rows = list(encode(item))
             longest = max(map(size, rows), default=0)
@@ -234,7 +244,8 @@ def encoded(
                 raise ValueError(f"has {longest} tokens, expected at most {length}")
             found += rows
         except ValueError as error:
-            bad.append(Skipped(f"item {number}", str(error)))
+            name = where[number] if where else f"item {number + 1}"
+            bad.append(Skipped(name, str(error)))
     return settled(found, bad, of="data set", skip=skip)
 
 

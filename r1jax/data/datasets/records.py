@@ -112,10 +112,12 @@ class Rows(Generic[T]):
     Attributes:
       items: the rows, in order.
       skipped: those left out, in order; empty unless skipping was asked for.
+      where: of each item, as in `Skipped`; empty where nobody knows.
     """
 
     items: tuple[T, ...]
     skipped: tuple[Skipped, ...] = ()
+    where: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
 def settled(items: Sequence[T], bad: Sequence[Skipped], *, of: str | os.PathLike, skip: bool):
@@ -149,4 +151,5 @@ def joined(parts: Iterable[Rows[T]]) -> Rows[T]:
     return Rows(
         tuple(item for part in parts for item in part.items),
         tuple(row for part in parts for row in part.skipped),
+        tuple(where for part in parts for where in part.where),
     )
