@@ -5,6 +5,7 @@ Command:   r1jax train --config=configs/r1_zero_671b.py
 Hardware:  a TPU pod or GPU cluster; not run by us at this size
 Expected:  AIME 2024 pass@1 from 15.6 to 77.9 % after all 10,400 updates (the paper's figure)
 Needs:     models/DeepSeek-V3-Base (r1jax import), data/reasoning.jsonl (`question`, `answer`)
+Deviation: the paper's template (table 1) in words of ours, behind the question
 """
 
 from r1jax.config import published, to_config_dict

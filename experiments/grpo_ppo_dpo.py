@@ -72,7 +72,7 @@ class Seed:
         questions = training_questions(self.data, self.start.tokenizer, **how)
         found, size = [], PER_STEP // PER_PROBLEM
         for step in range(STEPS):
-            asked = questions(step, size)
+            asked = questions(step, size, step)
             done = self.sampler(self.start.state, asked.ids, (self.seed, step), [1.0] * PER_PROBLEM)
             right_B = self.judge.verify(asked.repeated(PER_PROBLEM).answers, done.texts)()
             for p, question in enumerate(asked.prompts):

@@ -43,6 +43,9 @@ PURE = {"r1jax.ops": ("flax", "r1jax"), "pallas_kernels": ("flax", "r1jax")}
 PRIVATE_JAX = re.compile(r"^(jax\._src|jax\.core|jax\.interpreters|jaxlib)\b")
 BANNED_NNX = {"jit", "grad", "value_and_grad", "scan", "vmap", "pmap", "remat", "Optimizer"}
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
+# A verifier's time limit is its pool's: a signal cannot end what holds the interpreter, nor work in
+# a thread.
+BANNED_NAMES = {"signal.alarm", "signal.setitimer", "builtins.eval", "builtins.exec"}
 # What runs programs runs as a process of its own, behind a fence; nothing may import it.
 FENCED = "r1jax/rl/rewards/jail/"
 VAGUE_NAMES = re.compile(r"(^|_)(utils?|helpers?|misc|common\d*)$|_v\d+$")
@@ -187,6 +190,8 @@ def forbidden(source: str, *, fenced: bool = False) -> list[str]:
     for line, name in imports_of(source):
         if PRIVATE_JAX.match(name):
             found.append(f"{line}: {name} is private or gone in a supported version")
+        if name in BANNED_NAMES and not fenced:
+            found.append(f"{line}: {name}")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
             base = ast.unparse(node.value)
@@ -194,6 +199,8 @@ def forbidden(source: str, *, fenced: bool = False) -> list[str]:
                 found.append(f"{node.lineno}: {base}.{node.attr}")
             if base == "nnx" and node.attr in BANNED_NNX or node.attr == "sow":
                 found.append(f"{node.lineno}: {base}.{node.attr}: use the transforms of jax")
+            if f"{base}.{node.attr}" in BANNED_NAMES and not fenced:
+                found.append(f"{node.lineno}: {base}.{node.attr}")
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.func.id in BANNED_CALLS and not fenced:
                 found.append(f"{node.lineno}: {node.func.id}()")
@@ -239,6 +246,9 @@ def test_nothing_imports_what_is_fenced():
         "from flax import nnx\nnnx.jit(f)",
         "self.sow('a', b)",
         "eval(answer)",
+        "builtins.eval(answer)",
+        "signal.alarm(3)",
+        "from signal import alarm",
         "assert x > 0",
         "x = 1  # TODO later",
         "raise NotImplementedError",

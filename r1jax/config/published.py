@@ -25,6 +25,11 @@ from r1jax.config.training import (
 
 BASE = "models/DeepSeek-V3-Base"
 CONTEXT = 32_768
+ASK = (
+    "Reason about the question first and answer it then: the reasoning inside <think> </think>, "
+    "the answer inside <answer> </answer>."
+)
+"""What the paper's template (table 1) tells a base model, which has never seen the tags."""
 LEARNING_RATES = {
     "qwen2.5_math_1.5b": 1e-4,
     "qwen2.5_math_7b": 8e-5,
@@ -46,6 +51,7 @@ def _grpo(
     max_new_tokens: int = CONTEXT,
     general: str = "",
     seed: int = 0,
+    ask: str = "",
 ) -> GRPORun:
     """What all RL stages share: 32 questions of 16 samples, KL 0.001, one epoch of 16 minibatches.
 
@@ -56,7 +62,11 @@ def _grpo(
         seed=seed,
         start=StartConfig(path=start, dtype="bfloat16"),
         data=QuestionData(
-            dataset="questions", path="data/reasoning.jsonl", general=general, skip=True
+            dataset="questions",
+            path="data/reasoning.jsonl",
+            general=general,
+            skip=True,
+            instruction=ask,
         ),
         sampling=SamplingConfig(prompt_length=2048, max_new_tokens=max_new_tokens),
         grpo=GRPOConfig(
@@ -81,7 +91,7 @@ def r1_zero() -> GRPORun:
 
     The length limit is 32,768 tokens, and 65,536 from update 8,200 on (`r1_zero_long`).
     """
-    return _grpo(start=BASE, steps=8_200, temperature=1.0, clip=0.2, reward=RewardConfig())
+    return _grpo(start=BASE, steps=8_200, temperature=1.0, clip=0.2, reward=RewardConfig(), ask=ASK)
 
 
 def r1_zero_long() -> GRPORun:
@@ -97,6 +107,7 @@ def r1_zero_long() -> GRPORun:
         reward=RewardConfig(),
         max_new_tokens=65_536,
         seed=1,
+        ask=ASK,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def _group(reward_B: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
@@ -130,7 +131,9 @@ def informative_groups(reward_B: jax.Array, *, group_size: int) -> jax.Array:
     return _differs(*_group(reward_B, group_size)).reshape(-1)
 
 
-def overlong_penalty(length_B: jax.Array, *, max_length: int, buffer: int) -> jax.Array:
+def overlong_penalty(
+    length_B: jax.Array | np.ndarray, *, max_length: int, buffer: int
+) -> jax.Array:
     """DAPO's soft punishment of long outputs, to be added to the reward (arXiv 2503.14476, eq. 13).
 
     0 up to max_length − buffer tokens, then linear to −1 at max_length, and −1 beyond.
@@ -141,9 +144,11 @@ def overlong_penalty(length_B: jax.Array, *, max_length: int, buffer: int) -> ja
       buffer: L_cache, in tokens, the width of the ramp; at least 1.
 
     Returns:
-      [B], float32, in [−1, 0].
+      [B], float32, in [−1, 0]. A numpy array is answered with one: the host need not wait for a
+      device that is at work.
     """
     if not 0 < buffer <= max_length:
         raise ValueError(f"{buffer=} must be between 1 and {max_length=}")
-    over_B = (jnp.asarray(length_B) - (max_length - buffer)).astype(jnp.float32)
-    return -jnp.clip(over_B / buffer, 0.0, 1.0)
+    lib = jnp if isinstance(length_B, jax.Array) else np
+    over_B = (lib.asarray(length_B) - (max_length - buffer)).astype(lib.float32)
+    return -lib.clip(over_B / buffer, 0.0, 1.0)

@@ -185,13 +185,14 @@ def explained_variance(metrics: Metrics) -> jax.Array:
       metrics: sums of `value_loss`, added up over what they shall be computed for.
 
     Returns:
-      A scalar; 0 where the targets do not vary.
+      A scalar; 0 where the targets do not vary, NaN where something is not a number.
     """
     tokens = jnp.maximum(metrics["tokens"], 1)
     mean = {name: value / tokens for name, value in metrics.items()}
     variance = mean["target_square"] - jnp.square(mean["target"])
     rest = mean["value_error_square"] - jnp.square(mean["value_error"])
-    varies = variance > 0
+    # Of equal targets the difference of squares leaves a rounding error. NaN is not `<=`.
+    varies = ~(variance <= 1e-5 * mean["target_square"])
     return jnp.where(varies, 1.0 - rest / jnp.where(varies, variance, 1), 0.0)
 
 

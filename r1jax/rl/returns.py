@@ -186,7 +186,8 @@ def whiten(x_BT: jax.Array, mask_BT: jax.Array, *, ddof: int = 0, eps: float = 1
     centred_BT = jnp.where(mask_BT, x_BT - jnp.sum(x_BT) / jnp.maximum(count, 1), 0)
     deviation = jnp.sqrt(jnp.sum(jnp.square(centred_BT)) / jnp.maximum(count - ddof, 1))
     highest = jnp.max(jnp.where(mask_BT, x_BT, -jnp.inf))
-    differ = highest > jnp.min(jnp.where(mask_BT, x_BT, jnp.inf))
+    # Not `>`: a NaN among them must stay one, or a step without any signal would pass for sound.
+    differ = ~(highest <= jnp.min(jnp.where(mask_BT, x_BT, jnp.inf)))
     return jnp.where(differ, centred_BT / jnp.where(differ, deviation + eps, 1), 0)
 
 

@@ -86,7 +86,11 @@ class Rules:
         score: Score | None = None,
     ):
         """Args: weights; the tags of completions, None for text without; the verifier; the length
-        limit in tokens, for `overlong`; reward models, for `model`."""
+        limit in tokens, for `overlong`; reward models, for `model`.
+
+        Raises:
+            ValueError: a language that nobody can tell.
+        """
         self.cfg, self.template, self.verify = cfg, template, verify
         self.max_length, self.score = max_length, score
 
@@ -131,8 +135,8 @@ class Rules:
             )
         if cfg.overlong:
             buffer = min(cfg.overlong_buffer, self.max_length)
-            found["overlong"] = np.asarray(
-                overlong_penalty(done.tokens_B, max_length=self.max_length, buffer=buffer)
+            found["overlong"] = overlong_penalty(
+                done.tokens_B, max_length=self.max_length, buffer=buffer
             )
         if cfg.repetition:
             found["repetition"] = repetition_penalty(*given)

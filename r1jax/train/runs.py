@@ -215,22 +215,19 @@ def _answers(cfg: DPORun | RewardModelRun, path: str, run: Run, start: Start) ->
             f"pairs.length={length} exceeds the {start.cfg.max_position} positions of "
             f"{cfg.start.path}; lower it"
         )
-    if cfg.pairs.loss == "pointwise":
-        rows = labelled(path, skip=skip)
+    pointwise = cfg.pairs.loss == "pointwise"
+    rows = (labelled if pointwise else preferences)(path, skip=skip)
+    how = dict(length=length, skip=skip, places=rows.places)
+    if pointwise:
         ids = encoded(
             rows.items,
             lambda item: [encode_labelled(item, start.tokenizer)],
             size=lambda item: len(item.prompt) + len(item.completion),
-            length=length,
-            skip=skip,
-            places=rows.places,
+            **how,
         )
         made = answers.of_labelled(ids.items, length=length)
     else:
-        rows = preferences(path, skip=skip)
-        ids = preference_examples(
-            rows.items, start.tokenizer, length=length, skip=skip, places=rows.places
-        )
+        ids = preference_examples(rows.items, start.tokenizer, **how)
         made = answers.of_pairs(ids.items, length=length)
     _tell_skipped(run, path, [*rows.skipped, *ids.skipped])
     run.progress.message(f"{path}: {len(ids.items):,} rows")

@@ -4,6 +4,7 @@
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -42,7 +43,7 @@ def test_ctrl_c_inside_the_garbage_collector_is_not_lost():
             for _ in range(1000):
                 pass  # the handler runs here
 
-    before = signal.getsignal(signal.SIGINT)
+    before = sys.unraisablehook
     gc.callbacks.append(callback)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -50,7 +51,7 @@ def test_ctrl_c_inside_the_garbage_collector_is_not_lost():
     finally:
         gc.callbacks.remove(callback)
     assert pressed
-    assert signal.getsignal(signal.SIGINT) is before
+    assert sys.unraisablehook is before
 
 
 def test_elsewhere_it_is_raised_at_once():
@@ -58,20 +59,41 @@ def test_elsewhere_it_is_raised_at_once():
         doing(press)
 
 
-def test_what_is_ignored_stays_ignored_and_threads_set_nothing():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with interrupt.heard():
-            press()
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+class Finalised:
+    """Ctrl-C falls into its finaliser."""
 
+    def __del__(self):
+        press()
+        for _ in range(1000):
+            pass
+
+
+def test_ctrl_c_inside_a_finaliser_is_not_lost():
+    with pytest.raises(KeyboardInterrupt):
+        doing(Finalised)
+
+
+def test_other_errors_of_finalisers_are_told_as_ever(capsys, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: told.append(dropped.exc_type))
+
+    class Wrong:
+        def __del__(self):
+            raise ValueError
+
+    with interrupt.heard():
+        Wrong()
+        hook = sys.unraisablehook
+    assert told == [ValueError]
+    assert sys.unraisablehook is not hook
+
+
+def test_threads_set_nothing():
     def inside():
         with interrupt.heard():
-            seen.append(signal.getsignal(signal.SIGINT))
+            seen.append(sys.unraisablehook)
 
-    seen = []
+    seen, before = [], sys.unraisablehook
     thread = threading.Thread(target=inside)
     thread.start()
     thread.join()

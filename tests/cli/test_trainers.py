@@ -57,6 +57,8 @@ def test_the_published_numbers():
     updates = [run.grpo.steps * 16 for run in (zero, long, one, two)]
     # whole rollouts of 16 updates: 8,200, 2,200, 10,400 and 1,700, rounded down
     assert updates == [8192, 2192, 10_400, 1696]
+    for run in (zero, long):  # a base model has to be told of the tags that earn the format reward
+        assert all(f"<{tag}> </{tag}>" in run.data.instruction for tag in ("think", "answer"))
     assert zero.seed != long.seed  # or the second would ask the first's questions again
     assert [run.grpo.temperature for run in (zero, one, two)] == [1.0, 1.0, 0.7]
     assert (one.grpo.update.clip_high, one.grpo.reward.language) == (10.0, 1.0)

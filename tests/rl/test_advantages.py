@@ -194,6 +194,10 @@ def test_overlong_penalty_ramp():
     length_B = jnp.array([0, 80, 85, 90, 100, 500])
     penalty_B = overlong_penalty(length_B, max_length=100, buffer=20)
     np.testing.assert_allclose(penalty_B, [0.0, 0.0, -0.25, -0.5, -1.0, -1.0], rtol=FLOAT32)
+    on_host_B = overlong_penalty(np.asarray(length_B), max_length=100, buffer=20)
+    assert type(on_host_B) is np.ndarray, "judges would wait for a device that samples"
+    assert on_host_B.dtype == penalty_B.dtype == np.float32
+    np.testing.assert_array_equal(on_host_B, penalty_B)
     with pytest.raises(ValueError, match="buffer=0"):
         overlong_penalty(length_B, max_length=100, buffer=0)
     with pytest.raises(ValueError, match="buffer=101"):

@@ -36,8 +36,17 @@ def test_cruxeval_takes_the_value_and_not_the_call(sandbox, tmp_path):
     path.write_text(json.dumps(CRUXEVAL))
     (question,) = QUESTIONS["cruxeval"](path).items
     assert "f((1, 2))" in question.question
-    texts = ["[(1, 2), 1]", "It is\n```python\n[(1,2),1]\n```", "[(1, 2), 2]", "f((1, 2))", "1)\n#"]
-    assert passed(sandbox, [question] * len(texts), texts).tolist() == [1, 1, 0, 0, 0]
+    right = ["[(1, 2), 1]", "It is\n```python\n[(1,2),1]\n```", "[\n (1, 2),\n 1]"]
+    wrong = [
+        "[(1, 2), 2]",
+        "f((1, 2))",
+        "1)\n#",
+        "'",
+        "(lambda x, y=1: [x, y])((1, 2))",
+        "[*[(1, 2)], 1]",
+    ]
+    found = passed(sandbox, [question] * 9, right + wrong)
+    assert found.tolist() == [1] * len(right) + [0] * len(wrong)
 
 
 def test_scripts_are_run_on_every_case(sandbox, tmp_path):

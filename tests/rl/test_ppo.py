@@ -151,6 +151,10 @@ def test_explained_variance():
     np.testing.assert_allclose(explained(target_BT / 2), 0.75, rtol=FLOAT32)
     constant = value_loss(target_BT, target_BT, jnp.ones((1, 4)), mask_BT)[1]
     assert explained_variance(constant) == 0.0
+    tenths_BT = jnp.full((1, 4), 0.1).repeat(7, 0)
+    tenths = value_loss(tenths_BT + 0.5, tenths_BT, tenths_BT, jnp.ones((7, 4)))[1]
+    assert explained_variance(tenths) == 0.0
+    assert jnp.isnan(explained(target_BT * jnp.nan))
     nothing = value_loss(target_BT, target_BT, target_BT, 0 * mask_BT)[1]
     assert explained_variance(nothing) == 0.0
 

@@ -195,6 +195,9 @@ def test_whiten_by_hand():
         expected = np.array([[-3.0, -1.0, 0.0], [0.0, 1.0, 3.0]]) / deviation
         found = whiten(x_BT, mask_BT, ddof=ddof, eps=0.0)
         np.testing.assert_allclose(found, expected, rtol=FLOAT32)
+    # What is not a number under the mask stays seen; nothing at all is still 0.
+    assert np.isnan(whiten(x_BT, jnp.ones((2, 3)))).all()
+    np.testing.assert_array_equal(whiten(x_BT, jnp.zeros((2, 3)), eps=0.0), 0.0)
     # eps is added to the deviation.
     found = whiten(x_BT, mask_BT, eps=np.sqrt(5.0))
     np.testing.assert_allclose(found[0, 0], -1.5 / np.sqrt(5.0), rtol=FLOAT32)

@@ -236,6 +236,16 @@ def test_a_row_does_not_depend_on_other_prompts_or_on_padding():
     assert not np.array_equal(a.tokens_BT[:GROUP], b.tokens_BT[:GROUP])
 
 
+def test_more_padding_before_prompts_changes_nothing():
+    prompt, valid = prompts()
+    wide = np.pad(prompt, ((0, 0), (3, 0)), constant_values=7), np.pad(valid, ((0, 0), (3, 0)))
+    # Another shape is another program: `top_k` gives it a trace of its own.
+    a, b = draw(QWEN2, top_p=0.7), draw(QWEN2, prompt=wide, top_p=0.7, top_k=None)
+    np.testing.assert_array_equal(a.tokens_BT, b.tokens_BT)
+    np.testing.assert_allclose(a.logp_BT, b.logp_BT, atol=SAME)
+    np.testing.assert_allclose(a.behaviour_logp_BT, b.behaviour_logp_BT, atol=SAME)
+
+
 def test_one_trace():
     """New keys, prompts, temperatures and parameters run the program that is there (`compiled`)."""
     run = compiled(QWEN2)

@@ -223,6 +223,20 @@ def test_the_ratio_is_one_in_bfloat16(cfg, update):
     assert 0.0 < metrics["sampler_error"] < BFLOAT16
 
 
+def test_the_samplers_own_probabilities_weigh_what_is_learnt():
+    """Truncated importance sampling: all tokens 1.5 times likelier under the trainer, then 4."""
+    r, cfg = drawn(), UpdateConfig(beta=BETA, importance_cap=2.0)
+    found = {}
+    for times in (1.0, 1.5, 4.0):
+        by_sampler = r._replace(behaviour_logp_BT=r.logp_BT - np.float32(np.log(times)))
+        found[times] = after(by_sampler, update=cfg)[0].opt.trace
+    for times, weight in ((1.5, 1.5), (4.0, 2.0)):
+        expected = jax.tree.map(lambda g, w=weight: w * g, found[1.0])
+        chex.assert_trees_all_close(found[times], expected, rtol=FLOAT32, atol=FLOAT32)
+    chex.assert_trees_all_close(found[1.0], after(r)[0].opt.trace, rtol=FLOAT32, atol=FLOAT32)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(found[1.0])) > 0.01
+
+
 def test_fractions_of_a_reward_survive():
     _, metrics = after()
     np.testing.assert_allclose(metrics["reward"], REWARD.mean())

@@ -11,8 +11,10 @@ import pytest
 from flax import nnx
 
 from r1jax.config import PairsConfig
+from r1jax.data.datasets import PreferenceIds
 from r1jax.nn.param import RouterBias
 from r1jax.nn.value import trunk_of, valued
+from r1jax.train.answers import of_pairs
 from r1jax.train.forward import last_token
 from r1jax.train.pairs import dpo_step, reward_model_step
 from r1jax.train.state import Controls, TrainState
@@ -139,6 +141,31 @@ def test_reward_models_learn_from_the_last_token(name):
     np.testing.assert_allclose(metrics["loss"], value, rtol=FLOAT32)
     chex.assert_trees_all_close(state.opt.trace, grads, rtol=FLOAT32, atol=FLOAT32)
     assert "head" not in before.params["decoder"]
+
+
+def test_the_rows_of_given_answers():
+    """Prompt and answer side by side, padded on the right; the answer alone is learnt, its end too.
+
+    Over an epoch every pair comes once, chosen first.
+    """
+    items = [PreferenceIds([5] * p, [10 + p, 1], [20, 20 + p, 1]) for p in (1, 2, 3)]
+    batch = of_pairs(items, length=7).batch(0, 3, 1, seed=0)
+    assert {k: v.shape for k, v in batch.items()} == (
+        dict.fromkeys(("tokens", "positions", "segments", "mask"), (1, 3, 2, 7))
+        | {"weight": (1, 3)}
+    )
+    learnt = set()
+    for b in range(3):
+        row = {k: batch[k][0, b] for k in ("tokens", "positions", "segments", "mask")}
+        prompt = int((row["tokens"][0] == 5).sum())
+        for n, answer in enumerate(items[prompt - 1][1:]):
+            end = prompt + len(answer)
+            assert row["tokens"][n].tolist() == [5] * prompt + answer + [0] * (7 - end)
+            assert row["mask"][n].tolist() == [0] * prompt + [1] * len(answer) + [0] * (7 - end)
+            assert row["segments"][n].tolist() == [1] * end + [0] * (7 - end)
+            assert row["positions"][n].tolist() == [*range(end)] + [0] * (7 - end)
+        learnt.add(prompt)
+    assert learnt == {1, 2, 3}
 
 
 def test_the_last_token_of_a_row():

@@ -63,9 +63,9 @@ def shared_step(cfg, value_weight):
     return jax.jit(tiny.traced_once(step))
 
 
-def after(cfg=ONE, *, reward=REWARD, lr=0.0, value_lr=0.0, temperature=1.0, rollout=None):
+def after(cfg=ONE, *, reward=REWARD, lr=0.0, value_lr=0.0, temperature=1.0, rollout=None, own=None):
     """((actor, critic), metrics) after a step; the reference is another model."""
-    both = ActorCritic(tiny.state(), critic())
+    both = ActorCritic(tiny.state(), own or critic())
     controls = ActorCritic(*(Controls(np.float32(x), np.float32(0)) for x in (lr, value_lr)))
     rollout = drawn() if rollout is None else rollout
     reference = tiny.state(seed=1).params
@@ -147,8 +147,21 @@ def test_at_learning_rate_0_every_ratio_is_1():
     (actor, _), metrics = after(MANY, value_lr=0.1, temperature=0.7, rollout=drawn(temperature=0.7))
     assert metrics["ratio_error"] < FLOAT32
     assert metrics["clip_fraction"] == 0
+    assert metrics["sampler_error"] < FLOAT32  # the temperature is the sampler's
     chex.assert_trees_all_equal(actor.params, tiny.state().params)
     assert actor.step == 4
+
+
+def test_a_critic_that_is_not_a_number_moves_nothing_and_is_counted():
+    """Its values make the advantages: neither update is done, and both are counted."""
+    own = critic()
+    own.params["value_bias"] = own.params["value_bias"].replace(jnp.float32(np.nan))
+    (actor, value), metrics = after(ONE, lr=0.1, value_lr=0.1, own=own)
+    assert metrics["skipped"] == 2
+    chex.assert_trees_all_equal(actor.params, tiny.state().params)
+    chex.assert_trees_all_equal(value.params, own.params)
+    for state in (actor, value):
+        chex.assert_tree_all_finite((state.opt, state.router))
 
 
 def test_a_shared_trunk_with_no_value_weight_has_the_policy_gradient_of_ppo():
@@ -167,7 +180,7 @@ def test_a_shared_trunk_with_no_value_weight_has_the_policy_gradient_of_ppo():
         temperature=temperature,
     )  # fmt: skip
     chex.assert_trees_all_close(joint.opt.trace["decoder"], pair.actor.opt.trace, atol=SUMS)
-    for name in ("loss", "kl", "value_loss", "explained_variance", "entropy"):
+    for name in ("loss", "kl", "value_loss", "explained_variance", "entropy", "sampler_error"):
         np.testing.assert_allclose(metrics[name], own_metrics[name], rtol=FLOAT32, err_msg=name)
     assert float(jnp.abs(joint.opt.trace["value_head"][...]).max()) == 0.0
     chex.assert_trees_all_equal(policy_of(joint).params, tiny.state().params)

@@ -135,6 +135,65 @@ def test_ppo_leaves_a_policy_without_its_critic(tmp_path, start, critic):
     assert 0 < moved(start, tmp_path / "run") < 1
 
 
+class Cut(Silent):
+    """The power goes in the third step of training."""
+
+    def step(self, step, **numbers):
+        if step == 3:
+            raise RuntimeError("the power went")
+
+
+def ppo_run(start, path, critic):
+    ppo = PPOConfig(
+        steps=4, prompts=4, critic=critic, optim=FAST, value_optim=FAST, reward=BY_WORDS,
+        reference_every=3,
+    )  # fmt: skip
+    return PPORun(
+        start=start, data=DATA, sampling=SAMPLING, ppo=ppo,
+        measure=MeasureConfig(questions=3, samples=1),
+    )  # fmt: skip
+
+
+def pairs_run(start, path, loss):
+    pairs = PairsConfig(loss=loss, steps=5, batch_size=4, length=24, optim=FAST)
+    kind = RewardModelRun if loss == "pairwise" else DPORun
+    return kind(start=start, data=AnswerData(path=path), pairs=pairs)
+
+
+@pytest.mark.parametrize(
+    ("make", "how"),
+    [
+        (ppo_run, "own"),
+        pytest.param(ppo_run, "shared", marks=pytest.mark.slow),
+        (pairs_run, "dpo"),
+        pytest.param(pairs_run, "pairwise", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_was_cut_ends_as_if_it_was_not(tmp_path, start, make, how):
+    """Critic, moments, reference, questions, noise and metrics: to the bit."""
+    run = make(start, pairs_file(tmp_path / "pairs.jsonl"), how)
+    run = dataclasses.replace(run, checkpoint_every=1e-9)
+    run_trainer(run, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="the power went"):
+        run_trainer(run, tmp_path / "cut", display=Cut())
+    run_trainer(run, tmp_path / "cut", display=(heard := Heard()))
+    assert any("resumed at step 2" in line for line in heard.lines)
+    whole, cut = (
+        [
+            {k: v for k, v in row.items() if k != "seconds"}
+            for row in metrics.read(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("whole", "cut")
+    )
+    assert cut == whole
+    found, wanted = (
+        leaves(open_model(tmp_path / name / "model").module) for name in ("cut", "whole")
+    )
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(found[name][...], value[...], err_msg=name)
+    assert moved(start, tmp_path / "cut") > 0
+
+
 def test_dpo_learns_what_is_preferred(tmp_path, start):
     pairs = PairsConfig(steps=8, batch_size=4, length=24, optim=FAST)
     path = pairs_file(tmp_path / "pairs.jsonl")
@@ -228,6 +287,28 @@ def test_runs_of_other_seeds_are_asked_other_questions(start):
         for index in range(4)
     ]
     assert len(set(batches)) == len(batches)
+
+
+def test_what_is_too_long_is_named_by_its_line(tmp_path, start):
+    """Also behind a row that was skipped before."""
+    fits = {"prompt": "compute 1 + 1", "completion": "<think> 1 </think>"}
+    rows = [{"prompt": "compute 1 + 1"}, fits, fits | {"completion": "1 " * 40}]
+    path, heard = rows_to(tmp_path / "sft.jsonl", rows), Heard()
+    sft = SFTConfig(steps=0, batch_size=2, length=16, optim=FAST)
+    run = SFTRun(start=start, data=AnswerData(path=path, skip=True), sft=sft)
+    run_trainer(run, tmp_path / "run", display=heard)
+    assert any("2 rows skipped, the first" in line for line in heard.lines)
+    path = rows_to(tmp_path / "long.jsonl", rows[1:])
+    refused(
+        tmp_path / "no", dataclasses.replace(run, data=AnswerData(path=path)), r"long\.jsonl:2: "
+    )
+    pair = {"prompt": "compute 1 + 1", "chosen": "1 " * 40, "rejected": "2"}
+    path = rows_to(tmp_path / "pairs.jsonl", [pair | {"chosen": "3"}, pair])
+    refused(
+        tmp_path / "no",
+        DPORun(start=start, data=AnswerData(path=path), pairs=PairsConfig(length=16)),
+        r"pairs\.jsonl:2: ",
+    )
 
 
 def refused(tmp_path, run, message):

@@ -75,14 +75,15 @@ def fresh(index, n, step):
     return WORDS.asked(WORDS.problems(n, index, "train"))
 
 
-def grpo(run, *, questions=fresh, seed=0, lr=0.01, seen=None, **changes):
-    """Four steps; the reference is renewed after the second. `seen` takes the texts."""
+def grpo(run, *, questions=fresh, seed=0, lr=0.01, seen=None, dead=0, **changes):
+    """Four steps; the reference is renewed after the second. `seen` takes the texts; the first
+    `dead` rewards of a batch are equal."""
     rules = Rules(RewardConfig(), WORDS.template, by_task(WORDS.template), max_length=8)
 
     def judge(step, asked, done):
         if seen is not None:
             seen.append(tuple(done.texts))
-        odd = [text.count("7") + len(text) % 3 / 4 for text in done.texts]
+        odd = [0.0] * dead + [text.count("7") + len(text) % 3 / 4 for text in done.texts[dead:]]
         verdict = rules(step, asked, done)()
         return lambda: verdict._replace(reward_B=np.array(odd, np.float32))
 
@@ -99,9 +100,10 @@ def rows(out):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in found]
 
 
-def refilled(run):
+def refilled(run, questions=fresh):
     """DAPO: no reference is held, and a step may take several batches of questions."""
-    return grpo(run, update=UpdateConfig(objective="dapo", beta=0.0), refill=1)
+    dapo = UpdateConfig(objective="dapo", beta=0.0)
+    return grpo(run, update=dapo, refill=1, questions=questions, dead=CFG.rl_1.group_size)
 
 
 @pytest.mark.parametrize("stage", [supervised, grpo, refilled])
@@ -120,6 +122,19 @@ def test_a_resumed_stage_is_the_uninterrupted_one(tmp_path, stage, at, how, ever
     assert len(rows(tmp_path / "cut")) == STEPS
     start = tiny.state(CFG.model).params["embed"]
     assert np.abs(whole.params["embed"][...] - start[...]).max() > 0
+
+
+def test_no_batch_of_questions_is_asked_twice(tmp_path):
+    """Not even where a step took more than one."""
+    asked = []
+
+    def questions(index, n, step):
+        asked.append(index)
+        return fresh(index, n, step)
+
+    refilled(run_in(tmp_path), questions)
+    assert asked == list(range(len(asked)))
+    assert len(asked) > STEPS
 
 
 def test_the_biases_freeze_at_the_end(tmp_path):

@@ -92,8 +92,8 @@ def mbpp(path: str | Path, *, skip: bool = False) -> Rows[Question]:
 def cruxeval(path: str | Path, *, skip: bool = False) -> Rows[Question]:
     """CRUXEval's output prediction: `code`, `input`, `output`.
 
-    The reply is a Python value; it is compared with `output` in the sandbox, where `f` is not
-    defined, so that calling it does not answer.
+    The reply is a Python literal; it is read and compared with `output` in the sandbox. No program
+    is run, so a reply that computes the value, with a function of its own say, does not answer.
     """
     return read(path, _cruxeval, skip=skip)
 
@@ -241,8 +241,9 @@ def _cruxeval(row: Row) -> Question:
     tests = FunctionTests(
         tests=f"assert predicted() == {output}",
         remote=("predicted",),
-        before="def predicted():\n    return (\n",
-        after="\n)\n",
+        before="import ast\n\n\ndef predicted():\n    return ast.literal_eval(",
+        after=".strip())\n",
+        as_text=True,
     )
     return Question(question, output, "cruxeval", identity("cruxeval", question), tests)
 

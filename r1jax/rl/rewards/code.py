@@ -45,6 +45,8 @@ class FunctionTests:
       after: source put after the program.
       continues: a function whose head `before` ends with; a completion that does not define it
         anew is its body.
+      as_text: the completion's code is not run: it stands as a text in quotes between `before` and
+        `after`, which read it.
     """
 
     tests: str
@@ -53,6 +55,7 @@ class FunctionTests:
     before: str = ""
     after: str = ""
     continues: str = ""
+    as_text: bool = False
 
     def __post_init__(self):
         if not self.tests.strip():
@@ -280,7 +283,7 @@ def program(code: str, tests: FunctionTests) -> str:
         rf"^(async[ \t]+)?def[ \t]+{re.escape(tests.continues)}\b", code, re.MULTILINE
     )
     gap = "\n" if anew else ""
-    return f"{tests.before}{gap}{code}{tests.after}"
+    return f"{tests.before}{gap}{ascii(code) if tests.as_text else code}{tests.after}"
 
 
 def _defined(source: str) -> set[str]:

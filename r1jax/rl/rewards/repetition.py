@@ -80,4 +80,4 @@ def overlong_reward(
       ValueError: `buffer` is not between 1 and `max_length`.
     """
     length_B = np.array([length(text) for text in completions], np.int32)
-    return np.asarray(overlong_penalty(length_B, max_length=max_length, buffer=buffer))
+    return overlong_penalty(length_B, max_length=max_length, buffer=buffer)
