@@ -86,11 +86,7 @@ class Rules:
         score: Score | None = None,
     ):
         """Args: weights; the tags of completions, None for text without; the verifier; the length
-        limit in tokens, for `overlong`; reward models, for `model`.
-
-        Raises:
-            ValueError: a language that nobody can tell.
-        """
+        limit in tokens, for `overlong`; reward models, for `model`."""
         self.cfg, self.template, self.verify = cfg, template, verify
         self.max_length, self.score = max_length, score
 
