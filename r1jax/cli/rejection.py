@@ -2,6 +2,7 @@
 """The verb rejection-sample: flags to settings, data to questions, statistics to a table."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import logging
@@ -12,6 +13,7 @@ from typing import Any
 
 VERB = "rejection-sample"
 TASK = "task:"
+ANSWER = 512  # most tokens of an answer where nothing says another number
 DRAWN = 256  # problems of a task where --questions says nothing
 TEMPLATES = ("r1", "primer")
 _ABOUT = """\
@@ -74,7 +76,7 @@ def add_verb(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     )
     put("--temperature", type=float, default=1.0, help="of the sampling (default: 1)")
     put("--top-p", type=float, default=1.0, help="nucleus (default: 1, which is all)")
-    put("--max-tokens", type=int, default=512, help="of an answer (default: 512)")
+    put("--max-tokens", type=int, help="of an answer (default: a run's own; else 512, if they fit)")
     put("--rows", type=int, default=64, help="answers sampled at once (default: 64)")
     put("--seed", type=int, default=0, help="of the noise and the draws (default: 0)")
     put("--decontaminate", nargs="+", action="extend", default=[], metavar="FILE", type=Path)
@@ -83,8 +85,8 @@ def add_verb(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     put("--longest-paragraph", type=int, default=400, metavar="WORDS", help="(default: 400)")
     put("--share", action="append", default=[], metavar="NAME=X", help="of a source in the traces")
     put("--template", choices=TEMPLATES, help="tags that answers must have (default: a run's own)")
-    put("--system", default="", help="the system turn, if the template has one")
-    put("--instruction", default="", metavar="TEXT", help="put after each question")
+    put("--system", help="the system turn, if the template has one (default: a run's own)")
+    put("--instruction", metavar="TEXT", help="put after each question (default: a run's own)")
     put("--skip-bad-rows", action="store_true", help="leave out rows that do not parse; counted")
     put("--dtype", default="stored", choices=("stored", "float32", "bf16"), help="of the weights")
     put("--ignore-field", action="append", default=[], metavar="NAME", help="as in r1jax generate")
@@ -100,8 +102,9 @@ def run(args: argparse.Namespace, opened: Callable[[argparse.Namespace], Any]) -
     task = _task(args)
     questions, unreadable = _questions(args) if task is None else ([], 0)
     evaluation = ngrams_of(*_evaluation(args.decontaminate), n=args.ngram)
-    config = _config(args)
-    settings = _settings(args)  # wrong settings are refused before anything is written
+    config, habits = _config(args), _habits(args)
+    # Wrong settings are refused before a large model is read.
+    drawing, choice = _settings(args, habits)
     if not args.force and outdir.inspect(args.out, config) == "finished":
         _say(f"{args.out} is finished, nothing to do; --force starts it anew")
         _show(outdir.read_json(args.out / outdir.STATISTICS), args)
@@ -109,12 +112,35 @@ def run(args: argparse.Namespace, opened: Callable[[argparse.Namespace], Any]) -
     model = opened(args)
     if model.tokenizer is None:
         raise ValueError(f"{args.source}: has no tokenizer.json, so it cannot read a question")
+    if habits.max_tokens is None:  # the other half of a small context is for the question
+        habits = habits._replace(max_tokens=min(ANSWER, model.cfg.max_position // 2))
+        drawing = dataclasses.replace(drawing, max_tokens=habits.max_tokens)
     guard = evaluation if args.decontaminate else None
-    items, asked = _items(args, model, questions, guard, task)
+    if task is None:
+        items, asked = _read(args, model, habits, questions, guard)
+    else:
+        items, asked = _generated(args, model, habits, task)
     asked["unreadable"] = unreadable
     with outdir.held(args.out, config, force=args.force):
-        statistics = _sampled(args, model, (items, asked), settings, guard)
+        statistics = _sampled(args, model, (items, asked), (drawing, choice), guard)
     _show(statistics, args)
+
+
+def _habits(args: argparse.Namespace) -> Any:
+    """How questions are asked: as the model's run did, and as the flags say otherwise."""
+    from r1jax.config import Difficulty, TaskConfig
+    from r1jax.train.trained import Habits, habits_of
+    from r1jax.train.words import template_of
+
+    found = habits_of(args.source)
+    if found is None:
+        tagged = (args.dataset or "").startswith(TASK)
+        found = Habits(template_of(TaskConfig()) if tagged else None, Difficulty())
+    flags = {name: vars(args)[name] for name in ("max_tokens", "system", "instruction")}
+    changes = {name: value for name, value in flags.items() if value is not None}
+    if args.template is not None:
+        changes["template"] = template_of(TaskConfig(template=args.template))
+    return found._replace(**changes)
 
 
 def _task(args: argparse.Namespace) -> str | None:
@@ -193,7 +219,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _settings(args: argparse.Namespace) -> tuple[Any, Any]:
+def _settings(args: argparse.Namespace, habits: Any) -> tuple[Any, Any]:
     """(how to draw, how to choose)."""
     from r1jax.rl.rewards.language import SCRIPTS
     from r1jax.train.rejection import Drawing
@@ -207,13 +233,13 @@ def _settings(args: argparse.Namespace) -> tuple[Any, Any]:
         samples=args.samples,
         temperature=args.temperature,
         top_p=args.top_p,
-        max_tokens=args.max_tokens,
+        max_tokens=ANSWER if habits.max_tokens is None else habits.max_tokens,
         rows=args.rows,
         seed=args.seed,
     )
     choice = Choice(
         keep=args.keep,
-        template=_template(args),
+        template=habits.template,
         language=args.language,
         longest_paragraph=args.longest_paragraph,
         shares=_shares(args) or None,
@@ -238,48 +264,38 @@ def _shares(args: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def _template(args: argparse.Namespace) -> Any:
-    from r1jax.config import TaskConfig
-    from r1jax.train.trained import is_run, recipe_of
-    from r1jax.train.words import template_of
+def _generated(args, model, habits, task: str):
+    """Problems of a task: (what is sampled, what became of them)."""
+    from r1jax.train.asking import task_items
 
-    if args.template is not None:
-        return template_of(TaskConfig(template=args.template))
-    if is_run(args.source):
-        return template_of(recipe_of(args.source).tasks)
-    return template_of(TaskConfig()) if (args.dataset or "").startswith(TASK) else None
+    wanted = args.questions or DRAWN
+    items = task_items(task, wanted, model.tokenizer, difficulty=habits.difficulty, seed=args.seed)
+    longest = max(len(item.ids) for item in items)
+    if longest + habits.max_tokens > model.cfg.max_position:
+        raise _no_room(model, habits, str(longest))
+    return items, {"read": wanted, "sampled": len(items)}
 
 
-def _items(args, model, questions, evaluation, task: str | None):
-    from r1jax.config import Difficulty
-    from r1jax.train.asking import Room, Wording, items_of, task_items
-    from r1jax.train.trained import is_run, recipe_of
+def _read(args, model, habits, questions, evaluation):
+    """Questions of files: (what is sampled, what became of them)."""
+    from r1jax.train.asking import Room, Wording, items_of
 
-    most = model.cfg.max_position - args.max_tokens
-    if task is not None:
-        run = is_run(args.source)
-        difficulty = recipe_of(args.source).tasks.difficulty if run else Difficulty()
-        wanted = args.questions or DRAWN
-        items = task_items(task, wanted, model.tokenizer, difficulty=difficulty, seed=args.seed)
-        asked = {"read": wanted, "sampled": len(items)}
-        longest = max(len(item.ids) for item in items)
-        fits = longest <= most
-    else:
-        wording = Wording(args.system, args.instruction)
-        room = Room(most, args.questions, args.seed)
-        items, asked = items_of(
-            questions, model.tokenizer, wording, room=room, evaluation=evaluation
-        )
-        fits = bool(items) or not asked["too_long"]
-        longest = "more"
-    if not fits:
-        raise ValueError(
-            f"--max-tokens={args.max_tokens} leaves {most} tokens of the model's "
-            f"{model.cfg.max_position} for prompts, which take {longest}; lower it"
-        )
+    room = Room(model.cfg.max_position - habits.max_tokens, args.questions, args.seed)
+    wording = Wording(habits.system, habits.instruction)
+    items, asked = items_of(questions, model.tokenizer, wording, room=room, evaluation=evaluation)
+    if not items and asked["too_long"]:
+        raise _no_room(model, habits, "more")
     if not items:
         raise ValueError(f"no question is left: {_counted(asked)}")
     return items, asked
+
+
+def _no_room(model, habits, longest: str) -> ValueError:
+    most = model.cfg.max_position
+    return ValueError(
+        f"--max-tokens={habits.max_tokens} leaves {most - habits.max_tokens} tokens of the model's "
+        f"{most} for prompts, which take {longest}; lower it"
+    )
 
 
 def _sampled(args, model, items_asked, settings, evaluation) -> dict[str, Any]:
@@ -306,7 +322,7 @@ def _show(statistics: dict[str, Any], args: argparse.Namespace) -> None:
         print(json.dumps(statistics, indent=2, ensure_ascii=False))
     else:
         write_statistics(statistics, sys.stdout)
-        print(f"traces: {args.out / 'traces.jsonl'}")
+        print(f"traces: {args.out / 'traces.jsonl'}\npairs:  {args.out / 'pairs.jsonl'}")
     if not statistics["kept"]:
         _say("nothing was kept; raise --samples or --questions, or look into samples/")
 

@@ -27,6 +27,7 @@ from r1jax.config.runs import (
 )
 from r1jax.config.tasks import LARGEST_INTEGER, Difficulty, TaskConfig, TraceMix
 from r1jax.config.training import (
+    LANGUAGES,
     OBJECTIVES,
     GRPOConfig,
     OptimConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "RunConfig",
     "SFTRun",
     "StartConfig",
+    "LANGUAGES",
     "LARGEST_INTEGER",
     "OBJECTIVES",
     "DenseConfig",

@@ -82,6 +82,8 @@ OBJECTIVES = (
 """What `update.objective` may be; `r1jax.train.objective` says what each is made of."""
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3_corrected")
+LANGUAGES = ("ar", "el", "en", "hi", "ja", "ko", "ru", "th", "zh")
+"""What `reward.target_language` may be: those that `r1jax.rl.rewards.language` can tell apart."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ class RewardConfig:
 
     def __post_init__(self):
         positive(self, "overlong_buffer")
+        one_of(self, "target_language", LANGUAGES)
         names = ("accuracy", "format", "language", "overlong", "repetition", "model")
         if not any(vars(self)[name] for name in names):
             raise ValueError(f"every weight of reward is 0; set one of {', '.join(names)}")
@@ -164,9 +167,14 @@ class RewardConfig:
 def rollouts_fit(owner: Any, minibatches: int, micro_batches: int) -> None:
     """Checks what a stage that learns from rollouts says of their number."""
     positive(owner, "prompts", "group_size", "pieces")
-    for name in ("steps", "reference_every", "temperature"):
+    for name in ("steps", "reference_every"):
         if getattr(owner, name) < 0:
             raise ValueError(f"{name} must be >= 0, got {getattr(owner, name)}")
+    if owner.temperature <= 0:
+        raise ValueError(
+            f"temperature={owner.temperature} must be positive: greedy answers to a prompt are all "
+            "the same, so nothing is learnt from them"
+        )
     divides(
         owner.prompts * owner.group_size,
         "prompts × group_size",
@@ -197,6 +205,11 @@ class GRPOConfig:
         rollouts_fit(self, self.update.minibatches, self.update.micro_batches)
         if self.refill < 0:
             raise ValueError(f"refill must be >= 0, got {self.refill}")
+        if self.group_size == 1 and self.update.objective != "reinforce_pp":
+            raise ValueError(
+                f"group_size=1 leaves update.objective={self.update.objective!r} no answer to "
+                "compare with; set group_size to 2 or more, or the objective to reinforce_pp"
+            )
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,10 @@ def from_config_dict(cls: type, values: Any, path: str = "") -> Any:
     try:
         return cls(**found)
     except ValueError as error:
-        section = path.rstrip(".")
-        if section in str(error):
-            raise
-        raise ValueError(f"{error} (in {section})") from error
+        # Checks name a field by its class; the reader knows it by its path.
+        said, section = str(error).replace(f"{cls.__name__}.", path), path.rstrip(".")
+        within = "" if section in said else f" (in {section})"
+        raise ValueError(said + within) from error
 
 
 def _near(key: str, names: set[str]) -> str:

@@ -158,7 +158,7 @@ def _tree(values: Mapping[str, Any]) -> dict[str, Any]:
 def _open_ours(path: Path) -> Model:
     record = read_json(path / MARKER)
     try:
-        cfg = from_config_dict(KINDS[record["kind"]], record["config"])
+        cfg = _config(path, KINDS[record["kind"]], record["config"])
         scaled, dtypes = set(record["scaled"]), record["dtypes"]
         shapes = {name: jax.tree.leaves(v)[0].shape for name, v in leaves(blank(cfg)).items()}
         wanted = {name: jax.ShapeDtypeStruct(s, dtypes[name]) for name, s in shapes.items()}
@@ -175,6 +175,16 @@ def _open_ours(path: Path) -> Model:
     values = {k: BlockScaled(**v, layout=layouts[k]) if k in scaled else v for k, v in tree.items()}
     tokenizer = load_tokenizer(path) if (path / "tokenizer.json").is_file() else None
     return Model(cfg, filled(blank(cfg), values), tokenizer, record["hf_config"])
+
+
+def _config(path: Path, kind: type, saved: Any) -> ModelConfig | DenseConfig:
+    try:
+        return from_config_dict(kind, saved)
+    except ValueError as error:
+        raise ValueError(
+            f"{path / MARKER}: was written by an older version of r1jax, whose config was another "
+            f"({error}); make the folder again"
+        ) from error
 
 
 def export_model(path: str | Path, model: Model, *, dtype: str = "stored") -> int:

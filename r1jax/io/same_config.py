@@ -29,13 +29,32 @@ def check_config(saved: Mapping[str, Any], asked: Mapping[str, Any], *, where: s
     Raises:
       ValueError: one line that names the place, the differing fields and the way out.
     """
-    different = config_difference(saved, asked)
-    if different:
-        more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+    kinds = _kind(saved), _kind(asked)
+    if kinds[0] != kinds[1]:
         raise ValueError(
-            f"{where} was made by another config ({'; '.join(different[:_SHOWN])}{more}); "
-            "set them back, choose another --out, or use --force"
+            f"{where} holds {kinds[0]}, not {kinds[1]}; choose another --out, or use --force"
         )
+    different = config_difference(saved, asked)
+    if not different:
+        return
+    other = "another config"
+    if "rejection_sample" not in asked and any(f": saved {_ABSENT}," in d for d in different):
+        other += ", with an older version of r1jax that lacks some of its fields"
+    # What can be set back is named first.
+    named = sorted(different, key=lambda d: f": saved {_ABSENT}," in d)[:_SHOWN]
+    more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+    raise ValueError(
+        f"{where} was made by {other} ({'; '.join(named)}{more}); "
+        "set them back, choose another --out, or use --force"
+    )
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    if "rejection_sample" in config:
+        return "traces of rejection sampling"
+    if "trainer" in config:
+        return f"a run of the trainer {config['trainer']}"
+    return "a run of the recipe"
 
 
 def _leaves(config: Any, prefix: str = "") -> list[tuple[str, Any]]:

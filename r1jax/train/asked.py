@@ -45,7 +45,7 @@ def training_questions(
 
         def checked(index: int, n: int, step: int) -> Asked:
             # Far enough apart for one number a batch: two runs share no batch.
-            return _of_task(cfg, tokenizer, n, seed=seed * 1_000_000 + index)
+            return _of_task(cfg, tokenizer, n, longest, seed=seed * 1_000_000 + index)
     else:
         asked = _of_file(cfg, cfg.path, tokenizer, longest, progress)
 
@@ -93,7 +93,7 @@ def heldout_questions(
 ) -> Asked:
     """What is measured: the same at every seed. Empty where the config names no file for it."""
     if cfg.dataset.startswith(TASK):
-        return _of_task(cfg, tokenizer, n, seed=0, split="heldout")
+        return _of_task(cfg, tokenizer, n, longest, seed=0, split="heldout")
     if not cfg.heldout:
         return Asked([], [], [])
     asked = _of_file(cfg, cfg.heldout, tokenizer, longest, progress)
@@ -105,13 +105,22 @@ def _picked(asked: Asked, places: Sequence[int]) -> Asked:
     return Asked(*([field[i] for i in places] for field in asked))
 
 
-def _of_task(cfg: QuestionData, tokenizer, n: int, *, seed: int, split: str = "train") -> Asked:
+def _of_task(
+    cfg: QuestionData, tokenizer, n: int, longest: int, *, seed: int, split: str = "train"
+) -> Asked:
     name = cfg.dataset.removeprefix(TASK)
     heldout = split == "heldout"
     found = problems(
         n, seed=seed, tasks=(name,), split=split, unique=heldout, difficulty=cfg.difficulty
     )
-    return _asked([p.question for p in found], found, cfg, tokenizer)
+    asked = _asked([p.question for p in found], found, cfg, tokenizer)
+    most = max(map(len, asked.ids))
+    if most > longest:
+        raise ValueError(
+            f"data.dataset={cfg.dataset}: a prompt has {most} tokens, more than "
+            f"sampling.prompt_length={longest}; raise it"
+        )
+    return asked
 
 
 def _of_file(cfg: QuestionData, path: str, tokenizer, longest: int, progress: Progress) -> Asked:

@@ -2,6 +2,7 @@
 """Trained reward models as a reward: one score a completion."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from r1jax.config import QuestionData, RewardConfig, StartConfig
 from r1jax.data.datasets import General, general
 from r1jax.data.text import TextTokenizer
+from r1jax.io.outdir import MARKER
 from r1jax.nn.value import trunk_of, valued
 from r1jax.rl.rollout import Rollout, rows_of
 from r1jax.train.forward import WHOLE, row_value
@@ -19,6 +21,7 @@ from r1jax.train.questions import Asked
 from r1jax.train.sampler import Completions
 from r1jax.train.start import open_start, read_value_head, state_of
 from r1jax.train.state import TrainState
+from r1jax.train.trained import MODEL
 
 
 def open_judges(reward: RewardConfig, data: QuestionData, tokenizer: TextTokenizer) -> Score:
@@ -44,11 +47,14 @@ def open_judges(reward: RewardConfig, data: QuestionData, tokenizer: TextTokeniz
 def open_scorer(path: str, tokenizer: TextTokenizer) -> Callable[[Completions], np.ndarray]:
     """The reward model of a folder as a function from completions to scores [B] float32.
 
+    `path` is of the model, or of the run that trained it.
+
     Raises:
         ValueError: it is no reward model of r1jax, or another vocabulary than the policy's.
     """
-    head = read_value_head(path)
-    start = open_start(StartConfig(path=path, remat=False))
+    folder = Path(path, MODEL) if Path(path, MARKER).is_file() else Path(path)
+    head = read_value_head(folder)
+    start = open_start(StartConfig(path=str(folder), remat=False))
     theirs, ours = (t.tokenizer.get_vocab(True) for t in (start.tokenizer, tokenizer))
     if theirs != ours:
         raise ValueError(

@@ -61,9 +61,9 @@ from r1jax.train.start import (
     state_of,
 )
 from r1jax.train.state import TrainState
+from r1jax.train.trained import MODEL
 from r1jax.train.verifying import verifier
 
-MODEL = "model"
 Record = dict[str, Any]
 
 
@@ -141,17 +141,21 @@ def _trainer(cfg: RunConfig, run: Run, start: Start) -> Iterator[Any]:
 
 def _sft(cfg: SFTRun, run: Run, start: Start):
     """Supervised fine-tuning on packed conversations."""
-    rows = conversations(cfg.data.path, skip=cfg.data.skip)
-    items = rows.items[: cfg.sft.examples]
-    if len(items) < len(rows.items):
+    path, skip, most = cfg.data.path, cfg.data.skip, cfg.sft.examples
+    rows = conversations(path, skip=skip)
+    if len(rows.items) > most:
         run.progress.message(
-            f"{cfg.data.path}: the first {len(items)} of {len(rows.items)} conversations are "
-            "learnt; raise sft.examples for more"
+            f"{path}: the first {most:,} of {len(rows.items):,} conversations are learnt; "
+            "raise sft.examples for more"
         )
     examples = conversation_examples(
-        items, start.tokenizer, length=cfg.sft.length, skip=cfg.data.skip
+        rows.items[:most],
+        start.tokenizer,
+        length=min(cfg.sft.length, start.cfg.max_position),
+        skip=skip,
+        places=rows.places,
     )
-    _tell_skipped(run, cfg.data.path, [*rows.skipped, *examples.skipped])
+    _tell_skipped(run, path, [*rows.skipped, *examples.skipped])
     ending = ending_of(start.model)
     packed = pack(examples.items, length=cfg.sft.length, pad_id=ending.pad_id)
     sft = cfg.sft
@@ -205,6 +209,11 @@ def _pairs(cfg: DPORun | RewardModelRun, run: Run, start: Start):
 def _answers(cfg: DPORun | RewardModelRun, path: str, run: Run, start: Start) -> answers.Answers:
     """The rows of a file as arrays."""
     length, skip = cfg.pairs.length, cfg.data.skip
+    if length > start.cfg.max_position:
+        raise ValueError(
+            f"pairs.length={length} exceeds the {start.cfg.max_position} positions of "
+            f"{cfg.start.path}; lower it"
+        )
     if cfg.pairs.loss == "pointwise":
         rows = labelled(path, skip=skip)
         ids = encoded(
@@ -213,13 +222,17 @@ def _answers(cfg: DPORun | RewardModelRun, path: str, run: Run, start: Start) ->
             size=lambda item: len(item.prompt) + len(item.completion),
             length=length,
             skip=skip,
+            places=rows.places,
         )
         made = answers.of_labelled(ids.items, length=length)
     else:
         rows = preferences(path, skip=skip)
-        ids = preference_examples(rows.items, start.tokenizer, length=length, skip=skip)
+        ids = preference_examples(
+            rows.items, start.tokenizer, length=length, skip=skip, places=rows.places
+        )
         made = answers.of_pairs(ids.items, length=length)
     _tell_skipped(run, path, [*rows.skipped, *ids.skipped])
+    run.progress.message(f"{path}: {len(ids.items):,} rows")
     return made
 
 

@@ -139,6 +139,9 @@ def read_value_head(path: str | Path) -> Mapping[str, np.ndarray]:
     """
     file = Path(path) / VALUE_HEAD
     if not file.is_file():
-        raise ValueError(f"{path}: has no {VALUE_HEAD}, so it is no reward model of r1jax")
+        raise ValueError(
+            f"reward.model_path={path}: has no {VALUE_HEAD}, so it is no reward model; name a run "
+            "of the trainer reward_model"
+        )
     with np.load(file) as found:
         return {name: found[name] for name in ("weight", "bias")}

@@ -8,6 +8,8 @@ import pytest
 
 from r1jax import config as schema
 from r1jax.cli import main, overrides
+from r1jax.config import laptop
+from r1jax.io import outdir
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
 ARCHITECTURES = {"v2_lite", "v3_671b"}
@@ -109,6 +111,10 @@ def folder(monkeypatch, tmp_path):
         ("grpo", "data.template=plain", r"a task's answers stand in tags"),
         ("grpo", "start.path=nowhere", r"nowhere: there is no such model folder"),
         ("grpo", "start.path=", r"start.path names no model"),
+        ("grpo", "grpo.temperature=0", r"temperature=0.0 must be positive: greedy .*\(in grpo\)"),
+        ("grpo", "grpo.group_size=1", r"group_size=1 leaves update.objective='grpo' no answer"),
+        ("grpo", "grpo.group_size=0", r"^r1jax: error: grpo.group_size must be positive, got 0$"),
+        ("grpo", "grpo.reward.target_language=xx", r"grpo.reward.target_language must be one of"),
         ("dpo", "pairs.loss=pairwise", r"trains a reward model; set trainer to 'reward_model'"),
         ("dpo", "pairs.loss=dqo", r"loss must be one of .*did you mean dpo"),
         ("dpo", "pairs.micro_batches=5", r"batch_size=32 must be divisible by micro_batches=5"),
@@ -123,3 +129,46 @@ def test_wrong_input_is_one_line(capsys, folder, file, flag, said):
     (line,) = err.splitlines()
     assert re.search(said, line), line
     assert {p.name for p in folder.iterdir()} - {"__pycache__"} == before
+
+
+def run_folder(path, config, *stages):
+    """What a run leaves in its folder first."""
+    outdir.claim(path, schema.to_config_dict(config).to_dict())
+    for stage in stages:
+        (path / "checkpoints" / stage).mkdir(parents=True)
+
+
+SAMPLED = {"rejection_sample": {"source": "/models/m"}}
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ("drawn", "drawn holds traces of rejection sampling and no model: it is data .*/models/m$"),
+        ("sft", "sft has not been finished, so it has no model yet"),
+        ("sft/grpo", "sft is a run of the trainer sft: its model is sft/model"),
+        ("whole/rl_9", "whole has no stage 'rl_9'; it has rl_1"),
+        ("old", "old was written by an older version of r1jax.*unknown config key rl_1.gone"),
+        ("torn", "torn/run.json: is damaged"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "generate", "info", "rejection-sample"])
+def test_a_run_folder_that_is_no_model(capsys, folder, verb, start, said):
+    """Wherever a model is named: whose folder it is, and where the model lies."""
+    outdir.claim(folder / "drawn", SAMPLED)
+    run_folder(folder / "sft", laptop.distill("x.jsonl"))
+    run_folder(folder / "whole", schema.quickstart(), "rl_1")
+    old = schema.to_config_dict(schema.quickstart()).to_dict()
+    outdir.claim(folder / "old", old | {"rl_1": old["rl_1"] | {"gone": 1}})
+    (folder / "torn").mkdir()
+    (folder / "torn" / "run.json").write_text('{"program": ')
+    command = {
+        "train": ["train", "--config=grpo.py", f"--config.start.path={start}", "--out=run"],
+        "generate": ["generate", start, "--prompt=1"],
+        "info": ["info", start],
+        "rejection-sample": ["rejection-sample", start, "--dataset=task:arithmetic", "--out=run"],
+    }
+    assert main(command[verb]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, line), line
+    assert not (folder / "run").exists()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from r1jax.config import (
+    LANGUAGES,
     QUESTION_SETS,
     AnswerData,
     Difficulty,
@@ -34,6 +35,7 @@ from r1jax.data.template import R1
 from r1jax.io import metrics
 from r1jax.io.model import Model, open_model, save_model
 from r1jax.nn.param import leaves
+from r1jax.rl.rewards.language import SCRIPTS
 from r1jax.train.asked import training_questions
 from r1jax.train.progress import Silent
 from r1jax.train.runs import run_trainer
@@ -239,6 +241,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
     data = QuestionData(dataset="questions", path=asked)
     run = dataclasses.replace(grpo_run(start), sampling=short, data=data)
     refused(tmp_path, run, "prompt_length=2")
+    refused(tmp_path, dataclasses.replace(run, data=DATA), "a prompt has . tokens.*prompt_length=2")
     empty = rows_to(tmp_path / "empty.jsonl", [])
     data = QuestionData(dataset="questions", path=empty)
     refused(tmp_path, dataclasses.replace(run, data=data), "holds no rows")
@@ -247,11 +250,30 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
     refused(tmp_path, dataclasses.replace(run, data=data), r"na\.jsonl:1")
     same = [{"prompt": "compute 1 + 1", "chosen": "2", "rejected": "2"}]
     data = AnswerData(path=rows_to(tmp_path / "same.jsonl", same))
-    refused(tmp_path, DPORun(start=start, data=data), r"same\.jsonl:1")
+    refused(
+        tmp_path, DPORun(start=start, data=data, pairs=PairsConfig(length=40)), r"same\.jsonl:1"
+    )
+    pairs = AnswerData(path=pairs_file(tmp_path / "pairs.jsonl"))
+    endless = PairsConfig(length=ARCH.max_position + 1)
+    refused(tmp_path, DPORun(start=start, data=pairs, pairs=endless), r"pairs\.length=\d+ exceeds")
+    tight = PairsConfig(length=4)
+    refused(tmp_path, DPORun(start=start, data=pairs, pairs=tight), r"pairs\.jsonl:1: has .*=4;")
+    talk = [{"prompt": "compute 1", "completion": "1 " * ARCH.max_position}]
+    data = AnswerData(path=rows_to(tmp_path / "talk.jsonl", talk))
+    sft = SFTConfig(length=4 * ARCH.max_position)
+    refused(
+        tmp_path,
+        SFTRun(start=start, data=data, sft=sft),
+        rf"talk\.jsonl:1: .*={ARCH.max_position};",
+    )
     nowhere = dataclasses.replace(start, path=str(tmp_path / "none"))
     refused(tmp_path, grpo_run(nowhere), "no such model folder")
     reward = RewardConfig(model=1.0, model_path=start.path)
     refused(tmp_path, grpo_run(start, reward=reward), "no reward model")
+
+
+def test_the_languages_of_the_config_are_those_that_are_told_apart():
+    assert set(LANGUAGES) == set(SCRIPTS)
 
 
 def test_the_question_sets_of_the_config_are_those_that_are_read():

@@ -179,6 +179,7 @@ def conversation_examples(
     *,
     length: int,
     skip: bool = False,
+    places: Sequence[str] = (),
 ) -> Rows[Example]:
     """What `pack` takes, of all conversations.
 
@@ -187,6 +188,7 @@ def conversation_examples(
       tokenizer: with the chat template.
       length: most ids in an example.
       skip: leave out what cannot be encoded or is longer, instead of refusing all.
+      places: where each stands, for the errors; else they are numbered.
 
     Raises:
       ValueError: items that cannot be encoded or are too long (the first few are named), or none.
@@ -195,11 +197,17 @@ def conversation_examples(
     def encode(conversation: Conversation) -> Iterator[Example]:
         yield from encode_turns(conversation.messages, tokenizer)
 
-    return encoded(conversations, encode, size=lambda e: len(e[0]), length=length, skip=skip)
+    size = lambda e: len(e[0])  # noqa: E731
+    return encoded(conversations, encode, size=size, length=length, skip=skip, places=places)
 
 
 def preference_examples(
-    preferences: Iterable[Preference], tokenizer: TextTokenizer, *, length: int, skip: bool = False
+    preferences: Iterable[Preference],
+    tokenizer: TextTokenizer,
+    *,
+    length: int,
+    skip: bool = False,
+    places: Sequence[str] = (),
 ) -> Rows[PreferenceIds]:
     """As `conversation_examples`, of pairs; `length` bounds the prompt with the longer answer."""
 
@@ -209,7 +217,7 @@ def preference_examples(
     def size(ids: PreferenceIds) -> int:
         return len(ids.prompt) + max(len(ids.chosen), len(ids.rejected))
 
-    return encoded(preferences, encode, size=size, length=length, skip=skip)
+    return encoded(preferences, encode, size=size, length=length, skip=skip, places=places)
 
 
 def encoded(
@@ -219,6 +227,7 @@ def encoded(
     size: Callable[[R], int],
     length: int,
     skip: bool = False,
+    places: Sequence[str] = (),
 ) -> Rows[R]:
     """What `encode` makes of each item, where all of it has at most `length` tokens.
 
@@ -231,11 +240,12 @@ def encoded(
             rows = list(encode(item))
             longest = max(map(size, rows), default=0)
             if longest > length:
-                raise ValueError(f"has {longest} tokens, expected at most {length}")
+                raise ValueError(f"has {longest} tokens, expected at most {length=}")
             found += rows
         except ValueError as error:
-            bad.append(Skipped(f"item {number}", str(error)))
-    return settled(found, bad, of="data set", skip=skip)
+            where = places[number - 1] if places else f"item {number}"
+            bad.append(Skipped(where, str(error)))
+    return settled(found, bad, of="the data", skip=skip)
 
 
 def _as_written(before: Sequence[Message], content: str, tokenizer: TextTokenizer) -> str:

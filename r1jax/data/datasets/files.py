@@ -5,6 +5,7 @@ What is in a file decides, not its name, save that Parquet ends in `.parquet`. A
 damaged as a whole is refused; a row that cannot be read comes out as `Skipped`.
 """
 
+import dataclasses
 import gzip
 import json
 import zlib
@@ -53,16 +54,17 @@ def read(path: str | Path, parse: Callable[[Row], T], *, skip: bool = False) -> 
     Raises:
       ValueError: as `read_rows`, or of bad rows, or there is no row.
     """
-    items, bad = [], []
+    items, places, bad = [], [], []
     for where, row in read_rows(path):
         try:
             if isinstance(row, Skipped):
                 bad.append(row)
             else:
                 items.append(parse(row))
+                places.append(where)
         except ValueError as error:
             bad.append(Skipped(where, str(error)))
-    return settled(items, bad, of=path, skip=skip)
+    return dataclasses.replace(settled(items, bad, of=path, skip=skip), places=tuple(places))
 
 
 def _json(path: Path) -> Iterator[tuple[str, Row | Skipped]]:

@@ -112,10 +112,12 @@ class Rows(Generic[T]):
     Attributes:
       items: the rows, in order.
       skipped: those left out, in order; empty unless skipping was asked for.
+      places: where each of the items stands, as in `Skipped`; empty where that is not known.
     """
 
     items: tuple[T, ...]
     skipped: tuple[Skipped, ...] = ()
+    places: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
 def settled(items: Sequence[T], bad: Sequence[Skipped], *, of: str | os.PathLike, skip: bool):
@@ -131,11 +133,16 @@ def settled(items: Sequence[T], bad: Sequence[Skipped], *, of: str | os.PathLike
       ValueError: bad rows (the first few are named, all counted), or no row at all.
     """
     if bad and not skip:
-        named = "; ".join(map(str, bad[:_NAMED]))
-        more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        # A fault that many rows have is named once.
+        once: dict[str, Skipped] = {}
+        for row in bad:
+            once.setdefault(row.reason, row)
+        named = list(once.values())[:_NAMED]
+        more = f"; and {len(bad) - len(named)} more" if len(bad) > len(named) else ""
         raise ValueError(
-            f"{len(bad)} of {len(items) + len(bad)} rows cannot be used: {named}{more}; "
-            "mend them, or skip bad rows"
+            f"{len(bad)} of {len(items) + len(bad)} rows cannot be used: "
+            f"{'; '.join(map(str, named))}{more}; "
+            "mend them, or leave them out (data.skip=true, --skip-bad-rows)"
         )
     if not items:
         why = f": all {len(bad)} were skipped, the first {bad[0]}" if bad else ""

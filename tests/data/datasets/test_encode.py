@@ -205,7 +205,9 @@ def test_preferences_and_labels():
 def test_what_is_too_long_is_counted_and_named():
     words = tokenizer(CHATML)
     talks = [Conversation(talk("q", text)) for text in ("a", "b" * 40, "</s>c", "d")]
-    with pytest.raises(ValueError, match="2 of 4 rows .*item 2: has 6. tokens, .* at most 40"):
+    with pytest.raises(
+        ValueError, match="2 of 4 rows .*item 2: has 6. tokens, .* at most length=40"
+    ):
         conversation_examples(talks, words, length=40)
     found = conversation_examples(talks, words, length=40, skip=True)
     assert [learnt(words, e)[1] for e in found.items] == ["a</s>", "d</s>"]

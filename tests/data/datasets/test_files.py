@@ -118,11 +118,19 @@ def test_a_bad_row_is_named_by_file_line_and_field(tmp_path, bad):
 
 
 def test_many_bad_rows_are_counted_and_few_named(tmp_path):
-    path = written(tmp_path, '{"a": "x"}\n' + "oops\n" * 9)
+    path = written(tmp_path, '{"a": "x"}\n' + '{"a": 0}\n{\n"s"\n[]\n' + "{}\n" * 5)
     with pytest.raises(ValueError, match=r"9 of 10 rows .*:2: .*:3: .*:4: .*; and 6 more") as error:
         read(path, text_of)
     assert ":5:" not in str(error.value)
-    assert len(read(path, text_of, skip=True).skipped) == 9
+    found = read(path, text_of, skip=True)
+    assert len(found.skipped) == 9
+    assert found.places == (f"{path}:1",)
+
+
+def test_a_fault_of_all_rows_is_named_once(tmp_path):
+    path = written(tmp_path, "{}\n" * 9)
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: [^:]*; and 8 more; mend .*data.skip=true"):
+        read(path, text_of)
 
 
 @pytest.mark.parametrize("raw", ["", "\n\n", "[]", "\ufeff", '{"a": 1}'])
