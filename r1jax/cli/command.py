@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import logging
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ problems after each.
 
 verbs:
   quickstart  the whole recipe on a laptop, in minutes
-  train       the recipe of a config file
+  train       what a config file describes: the recipe, or one trainer
   rejection-sample
               a model's right answers as training data
   generate    an answer of a model, streaming
@@ -68,15 +69,27 @@ downloads nothing. It leaves in the output folder:
 The same in the open: r1jax train --config=configs/quickstart.py
 """
 _TRAIN = """\
-Runs the recipe that a config file describes, and leaves what quickstart leaves. The
-file is Python; its function get_config() returns an ml_collections.ConfigDict. Start
-from configs/quickstart.py. Any field is changed by its path, as often as you like:
+Runs what a config file describes: the whole recipe (configs/quickstart.py), which leaves
+what quickstart leaves, or one trainer, sft, grpo, ppo, dpo or reward_model
+(configs/r1_zero_laptop.py and others), which leaves:
+
+  model/         what was trained: a MODEL for r1jax generate, the start of the next run
+  summary.json   the figures before and after, versions, seed, host
+  metrics.jsonl  one row per logged step
+  curves.png     the same as a picture
+  checkpoints/   what a resumed run starts from (Orbax)
+
+The file is Python; its function get_config() returns an ml_collections.ConfigDict. Any
+field is changed by its path, as often as you like:
 
   --config.seed=3  --config.tasks.names=countdown,arithmetic  --config.sampling.top_p=None
 
-A field that does not exist, or a value of another type, is refused, and the fields
-with near names are listed.
+A field that does not exist, or a value of another type, is refused, and the fields with
+near names are listed. All fields of a file, with their values:
+
+  r1jax train --config=configs/r1_zero_laptop.py --help
 """
+_LEFT = (("report", "report.html"), ("curves", "curves.png"), ("model", "model"))
 
 
 _format = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=24, width=88)
@@ -119,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(fields: str = "") -> argparse.ArgumentParser:
+    """The grammar; `fields` are shown at the end of the help of train."""
     parser = _Parser(
         prog="r1jax",
         usage="r1jax VERB [--flags]",
@@ -135,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_run(verbs, "quickstart", _QUICKSTART)
     train = _add_run(verbs, "train", _TRAIN)
+    train.epilog = fields
     train.add_argument("--config", required=True, metavar="FILE", help="the config file, a path")
     rejection.add_verb(functools.partial(_add_verb, verbs))
     models.add_verbs(functools.partial(_add_verb, verbs))
@@ -168,14 +183,29 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             overrides.append((path, text))
         else:
             rest.append(arg)
-    parser = _parser()
-    args = parser.parse_args(rest)
+    args = _parser(_fields(rest)).parse_args(rest)
     args.overrides = overrides
     if overrides and args.verb not in ("train", "plan"):
         raise ValueError("--config.FIELD=VALUE belongs to: r1jax train|plan --config=FILE")
     if args.verb is None and not args.version:
         raise ValueError("no verb given: try r1jax quickstart, or r1jax --help")
     return args
+
+
+def _fields(argv: Sequence[str]) -> str:
+    """Where help on a config file is asked for: its fields, as they would be typed."""
+    if argv[:1] != ["train"] or not {"-h", "--help"} & set(argv):
+        return ""
+    asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    asked.add_argument("--config")
+    path = asked.parse_known_args(argv)[0].config
+    if path is None:
+        return ""
+    from r1jax.cli import overrides
+
+    fields = overrides.shown(overrides.load(path))
+    lines = (f"  {shlex.quote(f'--config.{name}={value}')}" for name, value in fields)
+    return "\n".join([f"fields of {path}:", *lines])
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -199,6 +229,11 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.verb == "train":
         tree = overrides.load(args.config)
+        if "trainer" in dict(args.overrides):
+            raise ValueError(
+                f"--config.trainer: {args.config} is a config of one trainer, and its fields are; "
+                "start from a file of the other"
+            )
         out = args.out or Path("runs") / Path(args.config).stem
     else:
         tree = schema.to_config_dict(schema.quickstart())
@@ -219,9 +254,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _schema_of(tree: Any) -> type:
     """What a config file describes: the recipe, or the trainer that its field `trainer` names."""
-    from r1jax.config import RUNS, RecipeConfig
+    from r1jax.config import RUNS, PlanConfig, RecipeConfig
 
     if "trainer" not in tree:
+        if set(tree) == set(PlanConfig.__dataclass_fields__):
+            raise ValueError("the config is of a model, for r1jax plan and info, and of no run")
         return RecipeConfig
     if tree.trainer not in RUNS:
         raise ValueError(f"trainer must be one of {', '.join(RUNS)}, got {tree.trainer!r}")
@@ -252,8 +289,9 @@ def _show(summary: dict[str, Any], out: Path, *, as_json: bool) -> None:
     from r1jax.cli.table import write_table
 
     write_table(summary, sys.stdout)
-    if (out / "report.html").exists():
-        print(f"report: {out / 'report.html'}")
+    for what, name in _LEFT:
+        if (out / name).exists():
+            print(f"{what}: {out / name}")
 
 
 def _ours(error: BaseException) -> bool:

@@ -93,11 +93,14 @@ class PlainDisplay:
         self._clock = clock
         self._began = self._written = clock()
         self._name, self._total = "", 0
+        self._waited = False  # for the compiler, so far as the lines say
 
     def stage(self, name: str, total_steps: int) -> None:
         """Says that a stage begins."""
         self._name, self._total = name, total_steps
-        self._line(f"{name}: {total_steps} steps" if total_steps else name)
+        waits = "" if self._waited else ", the first waits for the compiler"
+        self._waited = True
+        self._line(f"{name}: {total_steps} steps{waits}" if total_steps else name)
 
     def step(self, step: int, **numbers: float) -> None:
         """Says where the stage is, if the last line is old enough or the stage is done."""

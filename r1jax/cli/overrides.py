@@ -74,6 +74,11 @@ def fields_of(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[t
             yield path, value
 
 
+def shown(config: ml_collections.ConfigDict) -> list[tuple[str, str]]:
+    """(`path.to.field`, value as it would be typed) of every leaf, in order of the names."""
+    return [(path, _shown(value)) for path, value in fields_of(config)]
+
+
 def read_value(text: str, *, like: Any, path: str) -> Any:
     """Reads `text` as a value of the type of `like`; a field that is None takes any plain value.
 

@@ -11,6 +11,7 @@ from r1jax.eval.summary import cons_key
 
 _NOTHING = "–"
 _CAPTION = "On held-out problems; shares in percent, tokens per answer.\n\n"
+_OF_TRAINING = 3  # columns that are not of a measurement
 
 
 def _percent(value: float) -> str:
@@ -33,6 +34,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("mean_tokens", "tokens", lambda value: f"{value:.1f}"),
     ("reflection_rate", "refl.", _percent),
     ("self_correction_rate", "self-corr.", _percent),
+    ("heldout_accuracy", "ranked right", _percent),
 )
 
 
@@ -51,13 +53,18 @@ def cells(stage: Mapping[str, Any], cons: str = "cons_at_16") -> list[str]:
 
 
 def write_table(summary: Mapping[str, Any], file: TextIO) -> None:
-    """Writes the stages of a summary to `file`: a rich table to a terminal, else plain text."""
-    file.write(_CAPTION)
+    """Writes the stages of a summary to `file`: a rich table to a terminal, else plain text.
+
+    Columns that no stage has a number for are left out.
+    """
     stages = summary.get("stages", [])
     cons = cons_key(stages)
     rows = [cells(stage, cons) for stage in stages]
     headings = ["stage", *(heading for _, heading, _ in COLUMNS)]
     headings = [h + cons.removeprefix("cons_at_") if h == "cons@" else h for h in headings]
+    headings, *rows = _told([headings, *rows])
+    if len(headings) > 1 + _OF_TRAINING:
+        file.write(_CAPTION)
     if file.isatty():
         table = Table(*headings, box=None, pad_edge=False, header_style="bold")
         for number, column in enumerate(table.columns):
@@ -74,3 +81,10 @@ def write_table(summary: Mapping[str, Any], file: TextIO) -> None:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         file.write("  ".join([first, *rest]).rstrip() + "\n")
+
+
+def _told(rows: list[list[str]]) -> list[list[str]]:
+    """The table, its headings first, without the columns of dashes."""
+    columns = zip(*rows, strict=True)
+    kept = [c for i, c in enumerate(columns) if not i or any(cell != _NOTHING for cell in c[1:])]
+    return [list(row) for row in zip(*kept, strict=True)]

@@ -231,8 +231,8 @@ class DPORun:
         _checked(self)
         if self.pairs.loss in REWARD_LOSSES:
             raise ValueError(
-                f"pairs.loss={self.pairs.loss!r} trains a reward model; set trainer to "
-                "'reward_model', or pairs.loss to dpo, cdpo or ipo"
+                f"pairs.loss={self.pairs.loss!r} trains a reward model; take a config of the "
+                "trainer reward_model, or set pairs.loss to dpo, cdpo or ipo"
             )
 
 
@@ -253,8 +253,8 @@ class RewardModelRun:
         _checked(self)
         if self.pairs.loss not in REWARD_LOSSES:
             raise ValueError(
-                f"pairs.loss={self.pairs.loss!r} trains a policy; set trainer to 'dpo', or "
-                "pairs.loss to pairwise or pointwise"
+                f"pairs.loss={self.pairs.loss!r} trains a policy; take a config of the trainer "
+                "dpo, or set pairs.loss to pairwise or pointwise"
             )
 
 

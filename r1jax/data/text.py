@@ -25,6 +25,8 @@ class TextTokenizer:
     Attributes:
         config: as in tokenizer_config.json, each special token a string or None.
         bos_id, pad_id: ids, or None.
+        unk_id: what text becomes that has no token of its own; None if there is none, or if the
+            token has another meaning as well.
         eos_ids: ids that end a completion, perhaps none.
         chat_template: jinja2 source, or None.
     """
@@ -43,9 +45,11 @@ class TextTokenizer:
         """
         self.tokenizer = tokenizer
         self.config = {**config, **{name: _content(config.get(name)) for name in NAMES}}
-        self.bos_id, eos_id, self.pad_id, _ = (self._special(name) for name in NAMES)
+        self.bos_id, eos_id, self.pad_id, unk_id = (self._special(name) for name in NAMES)
         found = {*eos_ids, *(() if eos_id is None else (eos_id,))}
         self.eos_ids = tuple(sorted(found))
+        others = {self.bos_id, self.pad_id, *found}
+        self.unk_id = None if unk_id in others else unk_id
         self.chat_template: str | None = self.config.get("chat_template")
 
     def _special(self, name: str) -> int | None:

@@ -93,7 +93,8 @@ def open_source(path: Path) -> Source:
     if path.is_file():
         raise ValueError(f"{path}: is a file; expected a model folder or a .gguf file")
     if not path.is_dir():
-        raise ValueError(f"{path}: there is no such model folder")
+        kind = "file" if path.suffix == ".gguf" else "model folder"
+        raise ValueError(f"{path}: there is no such {kind}")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: has neither {MARKER} (r1jax) nor config.json (Hugging Face)")
     return Shards(path)

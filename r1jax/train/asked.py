@@ -3,7 +3,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from r1jax.config import QuestionData
 from r1jax.data.corpus import problems
@@ -93,7 +93,10 @@ def heldout_questions(
 ) -> Asked:
     """What is measured: the same at every seed. Empty where the config names no file for it."""
     if cfg.dataset.startswith(TASK):
-        return _of_task(cfg, tokenizer, n, longest, seed=0, split="heldout")
+        try:
+            return _of_task(cfg, tokenizer, n, longest, seed=0, split="heldout")
+        except ValueError as error:
+            raise ValueError(f"measure.questions={n}: {error}") from error
     if not cfg.heldout:
         return Asked([], [], [])
     asked = _of_file(cfg, cfg.heldout, tokenizer, longest, progress)
@@ -129,6 +132,7 @@ def _of_file(cfg: QuestionData, path: str, tokenizer, longest: int, progress: Pr
         progress.message(f"{path}: {len(rows.skipped)} rows skipped, the first {rows.skipped[0]}")
     answers = [_answer(q) for q in rows.items]
     asked = _asked([q.question for q in rows.items], answers, cfg, tokenizer)
+    tell_unknown(progress, path, tokenizer, asked.ids)
     return _fitting(asked, path, longest, skip=cfg.skip, progress=progress)
 
 
@@ -142,6 +146,7 @@ def _general(cfg: QuestionData, tokenizer, longest: int, progress: Progress) -> 
     ids = [encode_prompt([*before, *row.prompt], tokenizer) for row in rows.items]
     texts = [row.prompt[-1].content for row in rows.items]
     asked = Asked(texts, ids, list(rows.items))
+    tell_unknown(progress, cfg.general, tokenizer, ids)
     return _fitting(asked, cfg.general, longest, skip=cfg.skip, progress=progress)
 
 
@@ -159,6 +164,20 @@ def _fitting(asked: Asked, path: str, longest: int, *, skip: bool, progress: Pro
         raise ValueError(f"{path}: no prompt fits into sampling.prompt_length={longest}")
     progress.message(f"{path}: {fits.count(False)} prompts of more than {longest} tokens skipped")
     return _picked(asked, [i for i, fit in enumerate(fits) if fit])
+
+
+def tell_unknown(
+    progress: Progress, path: str, tokenizer: TextTokenizer, rows: Iterable[Sequence[int]]
+) -> None:
+    """Says how much of the data a model has no words for, if it is anything."""
+    unknown = tokenizer.unk_id
+    counts = [(len(ids), list(ids).count(unknown)) for ids in rows]
+    total, lost = (sum(column) for column in zip(*counts, strict=True))
+    if unknown is not None and lost:
+        progress.message(
+            f"warning: {path}: {lost:,} of {total:,} tokens are {tokenizer.config['unk_token']}, "
+            "text that the model's tokenizer has no words for"
+        )
 
 
 def _answer(question: Question):

@@ -43,7 +43,7 @@ from r1jax.io import metrics, outdir
 from r1jax.nn.value import trunk_of, valued
 from r1jax.parallel.mesh import entered
 from r1jax.train import answers, stages
-from r1jax.train.asked import heldout_questions, training_questions
+from r1jax.train.asked import heldout_questions, tell_unknown, training_questions
 from r1jax.train.collect import Collector
 from r1jax.train.judge import Rules
 from r1jax.train.loop import Run, finish, finished, load
@@ -156,6 +156,7 @@ def _sft(cfg: SFTRun, run: Run, start: Start):
         places=rows.places,
     )
     _tell_skipped(run, path, [*rows.skipped, *examples.skipped])
+    tell_unknown(run.progress, path, start.tokenizer, [ids for ids, _ in examples.items])
     ending = ending_of(start.model)
     packed = pack(examples.items, length=cfg.sft.length, pad_id=ending.pad_id)
     sft = cfg.sft
@@ -233,6 +234,8 @@ def _answers(cfg: DPORun | RewardModelRun, path: str, run: Run, start: Start) ->
         made = answers.of_pairs(ids.items, length=length)
     _tell_skipped(run, path, [*rows.skipped, *ids.skipped])
     run.progress.message(f"{path}: {len(ids.items):,} rows")
+    texts = [part for item in ids.items for part in item if isinstance(part, list)]
+    tell_unknown(run.progress, path, start.tokenizer, texts)
     return made
 
 
@@ -266,6 +269,7 @@ def _online(cfg: GRPORun | PPORun, run: Run, start: Start, collector: Collector,
     def measured(name: str, state: TrainState, record: Record) -> Record:
         if not heldout.ids:
             return record
+        run.progress.message(f"{name}: measuring {len(heldout.ids)} held-out questions")
         how = dict(samples=cfg.measure.samples, temperature=stage.temperature, seed=cfg.seed)
         figures = measure(state, collector.sampler, heldout, collector.judge, **how)
         run.progress.message(f"{name}: held-out pass@1 {figures['pass_at_1']:.1%}")

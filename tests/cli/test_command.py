@@ -78,7 +78,7 @@ def test_quickstart(recipe, capsys):
     ((config, out, force),) = recipe.calls
     assert (config, out, force) == (schema.RecipeConfig(), Path("runs/quickstart"), False)
     text, progress = capsys.readouterr()
-    assert " 87.5 " in text
+    assert " 87.5\n" in text
     assert "report: runs/quickstart/report.html" in text
     assert "rl_1: 5 steps" in progress
 

@@ -54,7 +54,7 @@ def test_plain_lines_are_few_and_tell_where_it_is():
     out, clock = io.StringIO(), Clock()
     act(PlainDisplay(out, interval=2.0, clock=clock), clock)
     assert out.getvalue().splitlines() == [
-        "[00:00] pretrain: 3 steps",
+        "[00:00] pretrain: 3 steps, the first waits for the compiler",
         "[00:03] pretrain 2/3  loss 0.5",
         "[00:04] pretrain 3/3  loss 0.333",
         "[00:04] pass@1 12.0 % [not markup]",
@@ -130,9 +130,9 @@ STAGES = [
 def test_cells():
     assert cells(STAGES[0]) == [
         "cold_start", "812,345", "400", "61.2", "31.2", "40.0", "50.0", "100.0",
-        "41.3", "–", "–",
+        "41.3", "–", "–", "–",
     ]  # fmt: skip
-    assert cells(STAGES[1]) == ["qwen2"] + 10 * ["–"]
+    assert cells(STAGES[1]) == ["qwen2"] + 11 * ["–"]
 
 
 def test_the_table_shows_the_votes_of_as_many_samples_as_were_drawn():
@@ -152,6 +152,27 @@ def test_the_plain_table_is_aligned():
     assert first[:column].endswith("31.2")
     assert second[:column].endswith("–")
     assert "\x1b" not in out.getvalue()
+    assert "refl." not in head, "no stage has measured it"
+
+
+def test_a_run_that_measured_nothing_is_not_said_to_be_on_held_out_problems():
+    out = io.StringIO()
+    sft = {"name": "sft", "parameters": 10, "steps": 2, "seconds": 1.5}
+    write_table({"stages": [sft]}, out)
+    assert out.getvalue().split() == [
+        "stage",
+        "params",
+        "steps",
+        "seconds",
+        "sft",
+        "10",
+        "2",
+        "1.5",
+    ]
+    out = io.StringIO()
+    write_table({"stages": [sft | {"heldout_accuracy": 0.75}]}, out)
+    assert "held-out" in out.getvalue()
+    assert out.getvalue().splitlines()[-1].endswith("        75.0")
 
 
 def test_the_table_on_a_terminal_and_without_stages(monkeypatch):

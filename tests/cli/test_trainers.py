@@ -84,6 +84,10 @@ def test_the_published_numbers():
 def folder(monkeypatch, tmp_path):
     (tmp_path / "grpo.py").write_text(GRPO)
     (tmp_path / "dpo.py").write_text(DPO)
+    (tmp_path / "model.py").write_text(
+        "from r1jax.config import PlanConfig, to_config_dict\n"
+        "def get_config():\n    return to_config_dict(PlanConfig())\n"
+    )
     (tmp_path / "odd.py").write_text(
         "import ml_collections\ndef get_config():\n"
         "    return ml_collections.ConfigDict({'trainer': 'grop'})\n"
@@ -96,6 +100,8 @@ def folder(monkeypatch, tmp_path):
     ("file", "flag", "said"),
     [
         ("odd", "", r"trainer must be one of sft, grpo, .* got 'grop'"),
+        ("grpo", "trainer=ppo", r"--config.trainer: grpo.py is a config of one trainer"),
+        ("model", "", r"the config is of a model, for r1jax plan and info"),
         ("grpo", "grpo.update.objective=gpro", r"objective must be one of .*did you mean .*grpo"),
         ("grpo", "grpo.update.kl=k4", r"kl must be one of k1, k2, k3"),
         ("grpo", "grpo.reward.acuracy=1.0", r"no config field .*acuracy; near: .*accuracy"),
@@ -115,7 +121,7 @@ def folder(monkeypatch, tmp_path):
         ("grpo", "grpo.group_size=1", r"group_size=1 leaves update.objective='grpo' no answer"),
         ("grpo", "grpo.group_size=0", r"^r1jax: error: grpo.group_size must be positive, got 0$"),
         ("grpo", "grpo.reward.target_language=xx", r"grpo.reward.target_language must be one of"),
-        ("dpo", "pairs.loss=pairwise", r"trains a reward model; set trainer to 'reward_model'"),
+        ("dpo", "pairs.loss=pairwise", r"a reward model; take a config of the trainer reward_model"),
         ("dpo", "pairs.loss=dqo", r"loss must be one of .*did you mean dpo"),
         ("dpo", "pairs.micro_batches=5", r"batch_size=32 must be divisible by micro_batches=5"),
     ],
@@ -129,6 +135,21 @@ def test_wrong_input_is_one_line(capsys, folder, file, flag, said):
     (line,) = err.splitlines()
     assert re.search(said, line), line
     assert {p.name for p in folder.iterdir()} - {"__pycache__"} == before
+
+
+def test_help_on_a_config_file_lists_its_fields_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit) as status:
+        main(["train", "--config=grpo.py", "--help"])
+    assert status.value.code == 0
+    text = capsys.readouterr().out
+    typed = [line.strip() for line in text.partition("fields of grpo.py:\n")[2].splitlines()]
+    assert "--config.grpo.update.clip_low=0.2" in typed
+    tree = overrides.load("grpo.py")
+    fields = [line.removeprefix("--config.").split("=") for line in typed]
+    overrides.apply(tree, fields)
+    assert tree == overrides.load("grpo.py")
+    assert main(["train", "--config=none.py", "--help"]) == 2
+    assert "none.py: no such file" in capsys.readouterr().err
 
 
 def run_folder(path, config, *stages):

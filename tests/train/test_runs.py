@@ -190,6 +190,7 @@ def test_general_prompts_are_judged_by_their_reward_models(tmp_path, start):
 
 def test_sft_goes_through_the_data_by_epochs(tmp_path, start):
     rows = [{"prompt": "compute 1 + 1", "completion": f"<think> {i} </think>"} for i in range(8)]
+    rows[0]["prompt"] = "compute 你好"
     rows.insert(2, {"prompt": "compute 1 + 1"})
     path, heard = rows_to(tmp_path / "sft.jsonl", rows), Heard()
     sft = SFTConfig(batch_size=2, length=16, optim=FAST)
@@ -199,6 +200,8 @@ def test_sft_goes_through_the_data_by_epochs(tmp_path, start):
     losses = [r["loss"] for r in metrics.read(tmp_path / "run" / "metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.2
     assert any("sft.jsonl:3" in line and "1 rows skipped" in line for line in heard.lines)
+    (warning,) = (line for line in heard.lines if line.startswith("warning"))
+    assert f"{path}: 1 of 86 tokens are <unk>, text that the model's tokenizer" in warning
     strict = dataclasses.replace(run, data=AnswerData(path=path))
     with pytest.raises(ValueError, match=r"sft\.jsonl:3"):
         run_trainer(strict, tmp_path / "strict")
@@ -242,6 +245,8 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
     run = dataclasses.replace(grpo_run(start), sampling=short, data=data)
     refused(tmp_path, run, "prompt_length=2")
     refused(tmp_path, dataclasses.replace(run, data=DATA), "a prompt has . tokens.*prompt_length=2")
+    many = dataclasses.replace(grpo_run(start), measure=MeasureConfig(questions=10**4))
+    refused(tmp_path, many, r"measure\.questions=10000: task 'arithmetic' has only")
     empty = rows_to(tmp_path / "empty.jsonl", [])
     data = QuestionData(dataset="questions", path=empty)
     refused(tmp_path, dataclasses.replace(run, data=data), "holds no rows")
