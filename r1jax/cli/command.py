@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from r1jax.cli import models, plan, rejection
+from r1jax.cli import interrupt, models, plan, rejection
 from r1jax.train.failure import StageFailed
 
 # Programs and JAX are imported where they are called: `--help` and a wrong flag answer at once.
@@ -111,11 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       the exit status.
     """
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = _parse(sys.argv[1:] if argv is None else argv)
-        return _run(args)
+        args = _parse(argv)
+        with interrupt.heard():
+            return _run(args)
     except KeyboardInterrupt:
-        _say("interrupted; the same command resumes")
+        resumes = argv[0] in ("quickstart", "train", rejection.VERB)
+        _say("interrupted; the same command resumes" if resumes else "interrupted")
         return INTERRUPTED
     except ValueError as error:
         if not _ours(error):

@@ -121,7 +121,7 @@ def folder(monkeypatch, tmp_path):
         ("grpo", "grpo.group_size=1", r"group_size=1 leaves update.objective='grpo' no answer"),
         ("grpo", "grpo.group_size=0", r"^r1jax: error: grpo.group_size must be positive, got 0$"),
         ("grpo", "grpo.reward.target_language=xx", r"grpo.reward.target_language must be one of"),
-        ("dpo", "pairs.loss=pairwise", r"a reward model; take a config of the trainer reward_model"),
+        ("dpo", "pairs.loss=pairwise", r"a reward model; take a config of the trainer reward_m"),
         ("dpo", "pairs.loss=dqo", r"loss must be one of .*did you mean dpo"),
         ("dpo", "pairs.micro_batches=5", r"batch_size=32 must be divisible by micro_batches=5"),
     ],
