@@ -172,7 +172,8 @@ def _export(args: argparse.Namespace) -> None:
     free(args.out)
     began = time.monotonic()
     total = export_model(args.out, opened(args), dtype=args.dtype)
-    _say(f"{args.out}: {total / 1e9:.2f} GB written in {time.monotonic() - began:.1f} s")
+    size = f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.2f} MB"
+    _say(f"{args.out}: {size} written in {time.monotonic() - began:.1f} s")
 
 
 def _info(args: argparse.Namespace) -> None:

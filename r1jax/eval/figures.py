@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -41,6 +42,7 @@ _PANELS = (
     (("kl",), "KL to the reference"),
     (("entropy",), "Entropy"),
 )
+_FEW = 8  # points that are marked
 _IN_PICTURE = ("Reward", "Response length, tokens", "Reflection rate")
 _STYLE = {
     "font.size": 9,
@@ -224,6 +226,7 @@ def draw_panel(axis: Axes, rows: Rows, keys: Iterable[str], title: str, colours:
     axis.set_title(title)
     axis.set_xlabel("step")
     axis.margins(x=0.01)
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     stages = _stages(rows)
     present = [key for key in keys if _has(rows, key)]
     for key, colour in zip(present, (colours.first, colours.second), strict=False):
@@ -231,9 +234,14 @@ def draw_panel(axis: Axes, rows: Rows, keys: Iterable[str], title: str, colours:
             x, y = _points([row for row in rows if row.get("stage") == stage], key)
             axis.plot(x, y, color=colour, alpha=0.25, linewidth=1.0)
             label = key if stage == stages[0] else None
-            axis.plot(x, _smooth(y), color=colour, label=label)
-    if len(present) > 1:
+            # A line through one point is nothing to see.
+            marker = "o" if len(x) <= _FEW else None
+            axis.plot(x, _smooth(y), color=colour, label=label, marker=marker, markersize=3.5)
+    if len(present) > 1 and len(stages) == 1:
+        axis.legend(labelcolor=colours.muted, loc="best")
+    elif len(present) > 1:  # above the names of the stages
         axis.legend(labelcolor=colours.muted, loc="lower right", bbox_to_anchor=(1.0, 0.08))
+    _from_zero(axis)
     if len(stages) == 1:
         return
     for number, stage in enumerate(stages):
@@ -249,6 +257,13 @@ def draw_panel(axis: Axes, rows: Rows, keys: Iterable[str], title: str, colours:
             fontsize=7.5,
             color=colours.muted,
         )
+
+
+def _from_zero(axis: Axes) -> None:
+    """Shares that were 0 all the time are drawn on the ground, not in the middle of nothing."""
+    values = np.concatenate([line.get_ydata() for line in axis.lines] or [np.ones(1)])
+    if not np.any(values):
+        axis.set_ylim(-0.03, 1.0)
 
 
 def _points(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:

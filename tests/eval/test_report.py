@@ -6,6 +6,7 @@ import math
 import re
 import xml.etree.ElementTree
 
+import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -216,3 +217,18 @@ def test_the_picture_is_wide(tmp_path):
     data = write_picture(tmp_path / "curves.png", SUMMARY, make_metrics()).read_bytes()
     width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
     assert width > 3 * height > 900
+
+
+def test_a_picture_of_one_step_shows_it():
+    """A line through one point is invisible, and steps are whole numbers."""
+    figure = matplotlib.figure.Figure()
+    axis = figure.subplots()
+    rows = [{"stage": "sft", "step": 1, "loss": 0.5, "clip_fraction": 0.0}]
+    figures.draw_panel(axis, rows, ("loss",), "Loss", figures.LIGHT)
+    assert axis.lines[-1].get_marker() == "o"
+    figure.draw_without_rendering()
+    low, high = axis.get_xlim()
+    assert [x for x in axis.get_xticks() if low <= x <= high] == [1.0]
+    axis = figure.subplots()
+    figures.draw_panel(axis, rows, ("clip_fraction",), "Clipped", figures.LIGHT)
+    assert -0.1 < axis.get_ylim()[0] <= 0.0 < 0.5 < axis.get_ylim()[1]

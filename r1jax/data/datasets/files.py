@@ -19,6 +19,8 @@ T = TypeVar("T")
 Row = Mapping[str, Any]
 _GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
+_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet")
+_HINTS = 5  # files that a refusal names
 _SHOWN = 80  # characters of a fault that is quoted
 
 
@@ -35,7 +37,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row | Skipped]]:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder; name the files in it")
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in _SUFFIXES)
+        hint = f": {', '.join(inside[:_HINTS])}" if inside else ""
+        raise ValueError(f"{path}: is a folder; name a file in it{hint}")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     if path.suffix == ".parquet":
