@@ -128,6 +128,7 @@ def _of_task(
 
 def _of_file(cfg: QuestionData, path: str, tokenizer, longest: int, progress: Progress) -> Asked:
     rows = QUESTIONS[cfg.dataset](path, skip=cfg.skip)
+    progress.message(f"{path}: {len(rows.items):,} questions")
     if rows.skipped:
         progress.message(f"{path}: {len(rows.skipped)} rows skipped, the first {rows.skipped[0]}")
     answers = [_answer(q) for q in rows.items]

@@ -116,6 +116,7 @@ def folder(monkeypatch, tmp_path):
         ("grpo", "data.dataset=gsm8", r"dataset must be one of .*did you mean gsm8k"),
         ("grpo", "data.template=plain", r"a task's answers stand in tags"),
         ("grpo", "start.path=nowhere", r"nowhere: there is no such model folder"),
+        ("grpo", "", r"runs/quickstart/cold_start: there is .* folder; r1jax quickstart makes it"),
         ("grpo", "start.path=", r"start.path names no model"),
         ("grpo", "grpo.temperature=0", r"temperature=0.0 must be positive: greedy .*\(in grpo\)"),
         ("grpo", "grpo.group_size=1", r"group_size=1 leaves update.objective='grpo' no answer"),
