@@ -6,7 +6,7 @@ Command:   r1jax quickstart && r1jax rejection-sample runs/quickstart/cold_start
            r1jax train --config=configs/reward_model_laptop.py
 Hardware:  2 CPU cores
 Expected:  a reward for GRPO: --config.grpo.reward.model=1.0
-           --config.grpo.reward.model_path=runs/reward_model_laptop/model
+           --config.grpo.reward.model_path=runs/reward_model_laptop
 """
 
 from r1jax.config import laptop, to_config_dict

@@ -133,7 +133,7 @@ REFUSED = [
     ({"sampling": {"top_p": 1.1}}, r"sampling\.top_p must lie in \(0, 1\], got 1.1"),
     ({"sampling": {"max_new_tokens": 0}}, "max_new_tokens must be positive"),
     ({"rl_1": {"group_size": 0}}, "group_size must be positive"),
-    ({"rl_1": {"group_size": 1}}, "group_size=1 leaves update.objective=.grpo. nothing to"),
+    ({"rl_1": {"group_size": 1}}, "group_size=1 leaves update.objective=.grpo. no answer to"),
     ({"rl_1": {"update": {"beta": -1.0}}}, r"update\.beta must be >= 0"),
     ({"rl_1": {"update": {"clip_low": -0.1}}}, r"update\.clip_low.* must be >= 0"),
     ({"rl_1": {"update": {"epochs": 0}}}, "epochs must be positive"),

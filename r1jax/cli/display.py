@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Column
 
 _INTERVAL = 5.0  # seconds between plain lines
+_FIRST = "the first step waits for the compiler"
 _SHOWN = 5  # numbers beside a step
 # A program reports all its metrics; these say how it goes, the most telling first.
 _TELLING = ("reward", "loss", "accuracy", "format", "mean_tokens", "kl", "grad_norm")
@@ -55,7 +56,9 @@ class LiveDisplay:
         """Ends the bar of the last stage and begins one."""
         self._end_stage()
         self._progress.start()
-        self._task = self._progress.add_task(escape(name), total=total_steps or None, numbers="")
+        self._task = self._progress.add_task(
+            escape(name), total=total_steps or None, numbers=_FIRST
+        )
 
     def step(self, step: int, **numbers: float) -> None:
         """Moves the bar of the stage to `step` and shows the numbers beside it."""
@@ -98,7 +101,7 @@ class PlainDisplay:
     def stage(self, name: str, total_steps: int) -> None:
         """Says that a stage begins."""
         self._name, self._total = name, total_steps
-        waits = "" if self._waited else ", the first waits for the compiler"
+        waits = "" if self._waited else f"; {_FIRST}"
         self._waited = True
         self._line(f"{name}: {total_steps} steps{waits}" if total_steps else name)
 

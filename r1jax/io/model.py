@@ -94,7 +94,8 @@ def open_source(path: Path) -> Source:
         raise ValueError(f"{path}: is a file; expected a model folder or a .gguf file")
     if not path.is_dir():
         kind = "file" if path.suffix == ".gguf" else "model folder"
-        raise ValueError(f"{path}: there is no such {kind}")
+        hint = "; r1jax quickstart makes it" if path.parent.name == "quickstart" else ""
+        raise ValueError(f"{path}: there is no such {kind}{hint}")
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: has neither {MARKER} (r1jax) nor config.json (Hugging Face)")
     return Shards(path)

@@ -128,6 +128,7 @@ def _of_task(
 
 def _of_file(cfg: QuestionData, path: str, tokenizer, longest: int, progress: Progress) -> Asked:
     rows = QUESTIONS[cfg.dataset](path, skip=cfg.skip)
+    progress.message(f"{path}: {len(rows.items):,} questions")
     if rows.skipped:
         progress.message(f"{path}: {len(rows.skipped)} rows skipped, the first {rows.skipped[0]}")
     answers = [_answer(q) for q in rows.items]
@@ -147,6 +148,7 @@ def _general(cfg: QuestionData, tokenizer, longest: int, progress: Progress) -> 
     tell_unknown(progress, cfg.general, tokenizer, ids)
     texts = [row.prompt[-1].content for row in rows.items]
     asked = Asked(texts, ids, list(rows.items))
+    tell_unknown(progress, cfg.general, tokenizer, ids)
     return _fitting(asked, cfg.general, longest, skip=cfg.skip, progress=progress)
 
 

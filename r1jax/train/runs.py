@@ -61,7 +61,7 @@ from r1jax.train.start import (
     state_of,
 )
 from r1jax.train.state import TrainState
-from r1jax.train.trained import MODEL
+from r1jax.train.trained import MODEL, is_run
 from r1jax.train.verifying import verifier
 
 Record = dict[str, Any]
@@ -98,6 +98,8 @@ def _run_trainer(cfg: RunConfig, run: Run, force: bool) -> Record:
     out, as_dict = run.out, run.config
     rows, length = batch_of(cfg)
     fits = functools.partial(cfg.mesh.check, rows=rows, length=length)
+    if Path(cfg.start.path).exists() and not is_run(Path(cfg.start.path)):
+        run.progress.message(f"reading {cfg.start.path}")  # perhaps many gigabytes
     # What is wrong is refused before anything is written.
     start = open_start(cfg.start, check=fits)
     if cfg.mesh.devices < jax.device_count():
@@ -272,6 +274,8 @@ def _online(cfg: GRPORun | PPORun, run: Run, start: Start, collector: Collector,
         run.progress.message(f"{name}: held-out pass@1 {figures['pass_at_1']:.1%}")
         return record | figures
 
+    if not heldout.ids:
+        run.progress.message("nothing is measured: data.heldout names no file of questions")
     first = finished(run, "start")
     if first is None:
         first = measured("start", start.state, _record("start", start.state, 0, 0.0))

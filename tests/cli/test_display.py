@@ -54,7 +54,7 @@ def test_plain_lines_are_few_and_tell_where_it_is():
     out, clock = io.StringIO(), Clock()
     act(PlainDisplay(out, interval=2.0, clock=clock), clock)
     assert out.getvalue().splitlines() == [
-        "[00:00] pretrain: 3 steps, the first waits for the compiler",
+        "[00:00] pretrain: 3 steps; the first step waits for the compiler",
         "[00:03] pretrain 2/3  loss 0.5",
         "[00:04] pretrain 3/3  loss 0.333",
         "[00:04] pass@1 12.0 % [not markup]",

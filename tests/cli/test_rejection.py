@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """rejection-sample as a user types it: from files of questions to traces, killed and gone on."""
 
+import dataclasses
 import json
 import os
 import random
@@ -17,9 +18,11 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from r1jax.cli import main
+from r1jax.config import laptop, to_config_dict
 from r1jax.data.datasets import conversations, preferences
 from r1jax.data.text import TextTokenizer
 from r1jax.data.tokenizer import task_tokenizer
+from r1jax.io import outdir
 from r1jax.io.model import Model, export_model
 from tests.cli.test_models import refused, said
 from tests.nn import tiny
@@ -109,6 +112,25 @@ def test_problems_of_a_task_for_a_model_of_its_words(folder, tmp_path, capsys):
     assert "malformed" in table, "answers to a task follow the template"
     assert "nothing was kept" in err
     assert (out / "traces.jsonl").read_text() == ""
+
+
+def test_a_run_is_asked_as_it_was_trained(folder, tmp_path, capsys):
+    """Length, template and difficulty without a flag; a small context leaves room for both."""
+    grpo = laptop.grpo()
+    start = dataclasses.replace(grpo.start, path=str(folder))
+    sampling = dataclasses.replace(grpo.sampling, max_new_tokens=5)
+    run = dataclasses.replace(grpo, start=start, sampling=sampling)
+    outdir.claim(tmp_path / "run", to_config_dict(run).to_dict())
+    (tmp_path / "run" / "model").symlink_to(folder)
+    command = ["--dataset=task:arithmetic", "--questions=4", "--samples=2", "--json"]
+    said(capsys, "rejection-sample", tmp_path / "run", *command, "--out", tmp_path / "a")
+    rows = [json.loads(x) for p in (tmp_path / "a/samples").glob("*.jsonl") for x in p.open()]
+    assert max(row["tokens"] for row in rows) == 5
+    items = json.loads((tmp_path / "a/statistics.json").read_text())
+    assert items["sampled"] == 8
+    said(capsys, "rejection-sample", folder, *command, "--out", tmp_path / "b")
+    rows = [json.loads(x) for p in (tmp_path / "b/samples").glob("*.jsonl") for x in p.open()]
+    assert 5 < max(row["tokens"] for row in rows) <= tiny.dense_config(qwen2=True).max_position // 2
 
 
 def test_bad_rows_are_refused_or_skipped_and_counted(folder, tmp_path, capsys):

@@ -39,7 +39,7 @@ from r1jax.rl.rewards.language import SCRIPTS
 from r1jax.train.asked import training_questions
 from r1jax.train.progress import Silent
 from r1jax.train.runs import run_trainer
-from r1jax.train.trained import task_words
+from r1jax.train.trained import open_run, task_words
 from tests.nn import tiny as models
 from tests.train import tiny
 
@@ -259,6 +259,10 @@ def test_sft_goes_through_the_data_by_epochs(tmp_path, start):
     losses = [r["loss"] for r in metrics.read(tmp_path / "run" / "metrics.jsonl")]
     assert losses[-1] < losses[0] - 0.2
     assert any("sft.jsonl:3" in line and "1 rows skipped" in line for line in heard.lines)
+    ours, folder = (
+        m.module for m in (open_run(tmp_path / "run"), open_model(tmp_path / "run/model"))
+    )
+    assert all((v == leaves(folder)[k]).all() for k, v in leaves(ours).items()), "RUN is RUN/model"
     (warning,) = (line for line in heard.lines if line.startswith("warning"))
     assert f"{path}: 1 of 86 tokens are <unk>, text that the model's tokenizer" in warning
     strict = dataclasses.replace(run, data=AnswerData(path=path))
