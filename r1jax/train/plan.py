@@ -10,6 +10,7 @@ import jax
 
 from r1jax.config import MeshConfig, PlanConfig
 from r1jax.parallel import costs, roofline
+from r1jax.parallel.dispatch import ROUNDS
 from r1jax.parallel.hlo import parse
 from r1jax.parallel.mesh import for_decoding, for_long_rows, for_training, make_mesh
 from r1jax.parallel.stacks import Stacked, stacked
@@ -177,13 +178,9 @@ def compiled(lowered: Any) -> tuple[Any, float]:
 
 def _rules(cfg: PlanConfig, mesh: MeshConfig) -> costs.Rules:
     filled = 1.0 / cfg.model.moe.dispatch_slack if mesh.expert > 1 else 1.0
-    return costs.Rules(mesh.devices, costs.half, _bounded, filled)
+    return costs.Rules(mesh.devices, turns, filled)
 
 
-def _bounded(op_name: str, branches: list[costs.Costs]) -> int:
-    """Tokens travel to their experts by the bounded way: no buffer overflows. Anything else takes
-    the branch with the most arithmetic."""
-    sparse = [any(c.kind == "ragged-all-to-all" for c in branch.collectives) for branch in branches]
-    if "routed_experts" in op_name and any(sparse):
-        return sparse.index(True)
-    return max(range(len(branches)), key=lambda i: branches[i].total_flops)
+def turns(op_name: str, most: int | None) -> float:
+    """Tokens go to their experts in one round: no buffer overflows. Blocks of attention: half."""
+    return 1.0 if ROUNDS in op_name else costs.half(op_name, most)

@@ -100,7 +100,7 @@ def supervised_step(
 
     Returns:
         (state, metrics): loss (nats a token), mtp_loss, balance, tokens, grad_norm, skipped,
-        overflow (layers that took the dispatch for any load) and load [L, E].
+        overflow (pieces of tokens that were dispatched in several rounds) and load [L, E].
     """
     run = functools.partial(_step, optimizer=optimizer, mtp_weight=mtp_weight)
     return automatic(run, lambda state, *_: (laid(state), spec()))(state, batch, controls)
