@@ -73,9 +73,10 @@ def laid_out(x_TD: jax.Array, where: Slots) -> jax.Array:
 @jax.custom_vjp
 def summed(x_SD: jax.Array, where: Slots) -> jax.Array:
     """[S, D] → [T, D]: the sum of each token's rows, in float32."""
-    row_TKD = x_SD.at[where.slot_TK].get(mode="clip").astype(jnp.float32)
-    there_TK1 = (where.slot_TK < len(x_SD))[:, :, None]
-    return jnp.where(there_TK1, row_TKD, 0.0).sum(1).astype(x_SD.dtype)
+    slot_KT = where.slot_TK.T  # K first: TPUs sum such up without another copy
+    row_KTD = x_SD.at[slot_KT].get(mode="clip")
+    there_KT1 = (slot_KT < len(x_SD))[:, :, None]
+    return jnp.where(there_KT1, row_KTD, 0).sum(0, dtype=jnp.float32).astype(x_SD.dtype)
 
 
 def _summed_backward(where: Slots, given):
