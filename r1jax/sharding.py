@@ -29,8 +29,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("latent", ("fsdp", "expert", "context")),
 )
 
-# Rows that a TPU keeps together. Pieces of other lengths are gathered along an axis of their own: XLA
-# would make an all-reduce, twice the bytes and as large as the whole, of a gather's gradient.
+# Rows that a TPU keeps together. Pieces of other lengths are gathered along an axis of their own:
+# XLA would make an all-reduce, twice the bytes and as large as the whole, of a gradient.
 TILE = 128
 
 
