@@ -77,7 +77,7 @@ class MoEConfig:
     bias_update_speed: float = 0.001  # γ
     balance_loss_alpha: float = 0.0001  # α of the sequence-wise balance loss
     dispatch_slack: float = 1.25  # rows of an expert-parallel buffer over those of a balanced load
-    dispatch_pieces: int = 4  # that a device's tokens are sent to other devices' experts in
+    dispatch_pieces: int = 8  # that a device's tokens are sent to other devices' experts in
 
     def __post_init__(self):
         positive(self, "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")

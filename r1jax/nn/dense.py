@@ -7,6 +7,7 @@ from flax import nnx
 from r1jax.config import DenseConfig
 from r1jax.nn import param
 from r1jax.nn.block import Block
+from r1jax.nn.head import Head
 from r1jax.nn.layers import RMSNorm, SwiGLU, project, recipe
 from r1jax.nn.mla import Rotation
 from r1jax.nn.transformer import Output, embed, forward, rotation_of
@@ -90,10 +91,12 @@ class DenseTransformer(nnx.Module):
     def stacks(self) -> tuple[Block, ...]:
         return (self.layers,)
 
-    def head_DN(self) -> jax.Array:
+    def output_head(self) -> Head:
         tied = self.cfg.tie_embeddings
-        weight = param.whole(self.embed if tied else self.head, self.cfg.dtype)
-        return weight.T if tied else weight
+        return Head(self.embed if tied else self.head, tied, self.cfg.dtype)
+
+    def head_DN(self) -> jax.Array:
+        return self.output_head().whole_DN()
 
     def embed_tokens(self, tokens_BT: jax.Array) -> jax.Array:
         return embed(param.whole(self.embed, self.cfg.dtype), tokens_BT, self.cfg.dtype)

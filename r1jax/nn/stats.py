@@ -13,7 +13,7 @@ class RouterStats(NamedTuple):
         load: [..., E] float32 count of valid tokens sent to each expert; E = 0 in a dense layer.
         balance: [..., B] float32 sequence-wise balance loss of each row, without its α.
         overflow: [...] float32, how often a buffer of the sparse dispatch would have overflown, so
-            that the layer took the way that is right at any load.
+            that tokens were sent in several rounds.
     """
 
     load: jax.Array

@@ -10,6 +10,7 @@ from flax import nnx
 from r1jax.config import ModelConfig, RopeConfig
 from r1jax.nn import param
 from r1jax.nn.block import Block, Entry, run
+from r1jax.nn.head import Head
 from r1jax.nn.layers import RMSNorm, SwiGLU, recipe
 from r1jax.nn.mla import MLA, Rotation
 from r1jax.nn.moe import MoE
@@ -77,8 +78,11 @@ class Transformer(nnx.Module):
             (self.dense_layers, self.moe_layers) if self.cfg.first_k_dense else (self.moe_layers,)
         )
 
+    def output_head(self) -> Head:
+        return Head(self.head, False, self.cfg.dtype)
+
     def head_DN(self) -> jax.Array:
-        return param.whole(self.head, self.cfg.dtype)
+        return self.output_head().whole_DN()
 
     def embed_tokens(self, tokens_BT: jax.Array) -> jax.Array:
         return embed(param.whole(self.embed, self.cfg.dtype), tokens_BT, self.cfg.dtype)
@@ -98,11 +102,24 @@ class Transformer(nnx.Module):
         """
         return forward(self, tokens_BT, positions_BT, segments_BT)
 
+    def predict_both(self, tokens_BT, next_tokens_BT, positions_BT, segments_BT):
+        """A full pass and the MTP module on it: (Output, hidden for P(t_{i+2}), stats [1, ...]).
+
+        Tokens and next tokens are looked up together: their rows' gradients are summed up once.
+        """
+        both_BTD = self.embed_tokens(jnp.concatenate([tokens_BT, next_tokens_BT], 1))
+        x_BTD, next_BTD = jnp.split(both_BTD, 2, axis=1)
+        out = decoded(self, x_BTD, positions_BT, segments_BT)
+        return out, *self._second(out.hidden_BTD, next_BTD, positions_BT, segments_BT)
+
     def predict_second(self, hidden_BTD, next_tokens_BT, positions_BT, segments_BT):
         """The MTP module on the main model's output: (hidden for P(t_{i+2}), stats [1, ...])."""
-        next_embed = self.embed_tokens(next_tokens_BT)
+        next_BTD = self.embed_tokens(next_tokens_BT)
+        return self._second(hidden_BTD, next_BTD, positions_BT, segments_BT)
+
+    def _second(self, hidden_BTD, next_BTD, positions_BT, segments_BT):
         mask = mask_of(segments_BT)
-        x_BTD = self.mtp.joined(hidden_BTD, next_embed)
+        x_BTD = self.mtp.joined(hidden_BTD, next_BTD)
         how = (self.rotation(positions_BT), mask, segments_BT > 0)
         if self.cfg.remat:  # alone, a module would merge with its second computation: it is scanned
             one = jax.tree.map(lambda x: x[None], self.mtp.block)
@@ -146,9 +163,13 @@ def mask_of(segments_BT: jax.Array) -> jax.Array:
 
 def forward(model, tokens_BT, positions_BT, segments_BT) -> Output:
     """The full pass of any decoder made of stacks: this model or a dense student."""
+    return decoded(model, model.embed_tokens(tokens_BT), positions_BT, segments_BT)
+
+
+def decoded(model, x_BTD: jax.Array, positions_BT, segments_BT) -> Output:
+    """`forward` of tokens that have been embedded."""
     mask_BTS, valid_BT = mask_of(segments_BT), segments_BT > 0
     turn = model.rotation(positions_BT)
-    x_BTD = model.embed_tokens(tokens_BT)
     entries, stats = [], None
     for layers in model.stacks():
         x_BTD, (entry, stats) = run(layers, x_BTD, turn, mask_BTS, valid_BT, cfg=model.cfg)

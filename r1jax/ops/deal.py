@@ -65,7 +65,7 @@ def running(x_Tn: jax.Array) -> jax.Array:
 def laid_out(x_TD: jax.Array, where: Slots) -> jax.Array:
     """[T, D] → [S, D]: tokens at their rows; rows that are not used hold some token.
 
-    Its gradient is `summed`: K gathers, where XLA would scatter.
+    Its gradient is `summed`: a gather, where XLA would scatter.
     """
     return x_TD.at[where.token_S].get(mode="clip")
 
@@ -73,14 +73,10 @@ def laid_out(x_TD: jax.Array, where: Slots) -> jax.Array:
 @jax.custom_vjp
 def summed(x_SD: jax.Array, where: Slots) -> jax.Array:
     """[S, D] → [T, D]: the sum of each token's rows, in float32."""
-    size = len(x_SD)
-
-    def kth(k):
-        slot_T = where.slot_TK[:, k]
-        row_TD = x_SD.at[slot_T].get(mode="clip").astype(jnp.float32)
-        return jnp.where((slot_T < size)[:, None], row_TD, 0.0)
-
-    return sum(kth(k) for k in range(where.slot_TK.shape[1])).astype(x_SD.dtype)
+    slot_KT = where.slot_TK.T  # K first: TPUs sum such up without another copy
+    row_KTD = x_SD.at[slot_KT].get(mode="clip")
+    there_KT1 = (slot_KT < len(x_SD))[:, :, None]
+    return jnp.where(there_KT1, row_KTD, 0).sum(0, dtype=jnp.float32).astype(x_SD.dtype)
 
 
 def _summed_backward(where: Slots, given):

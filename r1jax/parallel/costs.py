@@ -5,7 +5,7 @@ The compiler's own `cost_analysis` counts the body of a loop once; here every co
 the turns of the loops around it. Rules, each a decision:
 
 - Arithmetic is that of products (`r1jax.parallel.arithmetic`), by the type of the left operand.
-- A conditional runs the branch with the most arithmetic, or the one `branch` chooses.
+- A conditional runs the branch with the most arithmetic.
 - A loop without a fixed count is reported as such, and turns as often as `guess` says.
 - Memory traffic is operands read and results written by everything that is not inside a fusion and
   lies in the main memory; of a sliced operand the slice, of an updated one the update.
@@ -56,11 +56,19 @@ class Collective(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """A loop whose count depends on data: its most turns if they can be told, and those taken."""
+    """A loop whose count depends on data.
+
+    Attributes:
+        op_name: scopes it was traced in.
+        bound: its most turns, if they can be told.
+        turns: those taken.
+        flops: arithmetic of all of them, over the whole run.
+    """
 
     op_name: str
     bound: int | None
     turns: float
+    flops: float
 
 
 @dataclass
@@ -103,14 +111,11 @@ class Rules(NamedTuple):
     Attributes:
         devices: in the program, for groups written as "all".
         guess: turns of a loop from its scopes and the most it can take (None: unknown).
-        branch: branch that a conditional runs, from its scopes and the costs of all; None: the one
-            with the most arithmetic.
         filled: share of the rows of a ragged product that belong to some group.
     """
 
     devices: int
     guess: Callable[[str, int | None], float]
-    branch: Callable[[str, list[Costs]], int] | None = None
     filled: float = 1.0
 
 
@@ -170,15 +175,15 @@ def _loop(program: Program, one: Instruction, place: Place, times: float, rules:
     body = program.computations.get(one.called("body") or "")
     if body is None:
         return Costs()
-    turns, unknown = trips(program, one, place), []
+    turns, most, known = trips(program, one, place), None, True
     if turns is None:
-        most = bound(program, one)
+        most, known = bound(program, one), False
         turns = rules.guess(one.op_name, most)
-        unknown = [Loop(one.op_name, most, turns)]
     found = _costs(
         program, Place(body, (*place.callers, (place.computation, one))), times * turns, rules
     )
-    found.loops += unknown
+    if not known:
+        found.loops.append(Loop(one.op_name, most, turns, found.total_flops))
     return found
 
 
@@ -191,11 +196,7 @@ def _conditional(
         for name in names
         if name in program.computations
     ]
-    if not found:
-        return Costs()
-    if rules.branch is not None:
-        return found[rules.branch(one.op_name, found)]
-    return max(found, key=lambda costs: costs.total_flops)
+    return max(found, key=lambda costs: costs.total_flops, default=Costs())
 
 
 def _branches(one: Instruction) -> Iterator[str]:

@@ -25,7 +25,7 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> flo
     read = [_main(o.arrays) if o is not None else 0.0 for o in operands]
     if one.opcode == "fusion":
         inner = program.computations.get(one.called("calls") or "")
-        return _fusion(inner, one, read) if inner else sum(read) + _main(one.arrays)
+        return _fusion(program, inner, one, read) if inner else sum(read) + _main(one.arrays)
     if one.opcode in _CUTS:
         kept = one.arrays[-1:] if one.opcode == "slice-start" else one.arrays
         cut = sum(a.bytes for a in kept)
@@ -47,11 +47,11 @@ def _main(arrays: tuple[Array, ...]) -> float:
     return sum(a.bytes for a in arrays if a.space == 0)
 
 
-def _fusion(inner: Computation, one: Instruction, read: list[float]) -> float:
+def _fusion(program: Program, inner: Computation, one: Instruction, read: list[float]) -> float:
     total = 0.0
     for number, parameter in inner.parameters().items():
         if number < len(read) and read[number]:
-            touched = _touched(inner, parameter.name)
+            touched = _touched(program, inner, parameter.name)
             total += read[number] if touched is None else min(touched, read[number])
     root = inner.root()
     if root is None or root.opcode != "tuple":
@@ -61,7 +61,7 @@ def _fusion(inner: Computation, one: Instruction, read: list[float]) -> float:
     for array, end in zip(one.arrays, ends, strict=False):
         if end is not None and (end.opcode == "parameter" or (_piece(end) and not _starts(end))):
             continue  # handed through, or filled by the network
-        update = _update(inner, end)
+        update = _update(program, inner, end)
         total += min(update, array.bytes) if update is not None else _main((array,))
     return total
 
@@ -84,7 +84,7 @@ def _free(user: Instruction, first: bool) -> bool:
     return updated or (user.opcode == "tuple" and user.root) or _piece(user)
 
 
-def _touched(inner: Computation, name: str) -> float | None:
+def _touched(program: Program, inner: Computation, name: str) -> float | None:
     """Bytes that a fusion reads of an operand that it only cuts or updates; None: all of it."""
     total = 0.0
     for user in inner.instructions.values():
@@ -93,22 +93,43 @@ def _touched(inner: Computation, name: str) -> float | None:
         first = user.operands[0] == name
         if user.opcode in _CUTS and first:
             total += sum(a.bytes for a in user.arrays)
-        elif _free(user, first):
             continue
-        elif user.opcode in ("bitcast", "reshape"):
-            deeper = _touched(inner, user.name)
-            if deeper is None:
-                return None
-            total += deeper
-        else:
+        if _free(user, first):
+            continue
+        if user.opcode not in ("bitcast", "reshape", "fusion"):
             return None
+        parts = _nested(program, user, name) if user.opcode == "fusion" else []
+        parts = parts or [_touched(program, inner, user.name)]  # renamed: who reads it then?
+        if None in parts:
+            return None
+        total += sum(parts)
     return total
 
 
-def _update(inner: Computation, end: Instruction | None) -> float | None:
+def _nested(program: Program, user: Instruction, name: str) -> list[float | None]:
+    """What a fusion inside a fusion reads of each of its operands of that name."""
+    nested = program.computations.get(user.called("calls") or "")
+    if nested is None or _view(nested):
+        return []
+    places = (p for n, p in nested.parameters().items() if user.operands[n] == name)
+    return [_touched(program, nested, p.name) for p in places]
+
+
+def _view(nested: Computation) -> bool:
+    """Whether a fusion only renames an operand."""
+    end = nested.root()
+    while end is not None and end.opcode in ("bitcast", "reshape"):
+        end = nested.instructions.get(end.operands[0])
+    return end is not None and end.opcode == "parameter"
+
+
+def _update(program: Program, inner: Computation, end: Instruction | None) -> float | None:
     """Bytes that a result which is an operand updated in place gets written; None: it is not."""
     while end is not None and end.opcode in _VIEWS and end.operands:
         end = inner.instructions.get(end.operands[0])
+    if end is not None and end.opcode == "fusion":
+        nested = program.computations.get(end.called("calls") or "")
+        return _update(program, nested, nested.root()) if nested else None
     if end is None or end.opcode != "dynamic-update-slice":
         return None
     put = inner.instructions.get(end.operands[1])

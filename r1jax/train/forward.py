@@ -87,7 +87,7 @@ def _hidden(model, inputs: Rows):
 
 def _logp(model, hidden_BTD: jax.Array, inputs: Rows, temperature):
     temperature = jnp.where(temperature > 0, temperature, 1.0)
-    return score(hidden_BTD, model.head_DN(), inputs["completion"], temperature=temperature)
+    return score(hidden_BTD, model.output_head(), inputs["completion"], temperature=temperature)
 
 
 def _scores(model, inputs: Rows, temperature):

@@ -5,6 +5,7 @@ from typing import Any
 
 from r1jax.config import PlanConfig
 from r1jax.parallel.costs import Costs
+from r1jax.parallel.dispatch import ROUNDS
 from r1jax.parallel.roofline import ASSUMED, by_axis
 from r1jax.train.plan import Plan
 
@@ -68,15 +69,23 @@ def report(plan: Plan, cfg: PlanConfig) -> dict[str, Any]:
 def _guesses(costs: Costs, cfg: PlanConfig, plan: Plan) -> list[str]:
     """What this program does not say and was taken for granted."""
     found = []
-    if costs.loops:
-        most = max(loop.bound or 1 for loop in costs.loops)
-        turns = max(loop.turns for loop in costs.loops)
+    rounds = [loop for loop in costs.loops if ROUNDS in loop.op_name]
+    blocks = [loop for loop in costs.loops if ROUNDS not in loop.op_name]
+    if blocks:
+        most = max(loop.bound or 1 for loop in blocks)
+        turns = max(loop.turns for loop in blocks)
         found.append(
-            f"{len(costs.loops)} loops turn as often as the data say (blocks of attention): taken "
+            f"{len(blocks)} loops turn as often as the data say (blocks of attention): taken "
             f"as (n + 1) / 2, at most {turns:g} of {most}"
         )
     if plan.mesh.expert > 1:
         found.append("no dispatch buffer overflows, and all experts get the same number of tokens")
+        if rounds:
+            more = sum(loop.flops for loop in rounds) / costs.total_flops
+            found.append(
+                f"tokens go to their experts in one round; one more everywhere is {more:.0%} more "
+                "arithmetic"
+            )
         found.append(
             f"a dispatch buffer is filled to 1/{cfg.model.moe.dispatch_slack:g} of its rows where "
             "arithmetic is counted, and full where bytes are"

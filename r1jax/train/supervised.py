@@ -49,16 +49,17 @@ def scores(model, inputs: Batch) -> tuple[tuple[jax.Array, ...], RouterStats]:
     Returns:
         (log P(target) [B, T], and with an MTP module log P(second target)); stats of all routers.
     """
-    out = model(inputs["tokens"], inputs["positions"], inputs["segments"])
-    head_DN, stats = model.head_DN(), out.stats
-    logps = (score(out.hidden_BTD, head_DN, inputs["targets"])[0],)
-    if model.has_mtp:
-        hidden_BTD, own = model.predict_second(
-            out.hidden_BTD, inputs["targets"], inputs["positions"], inputs["segments"]
-        )
-        logps += (score(hidden_BTD, head_DN, inputs["second_targets"])[0],)
-        stats = jax.tree.map(lambda *x: jnp.concatenate(x), stats, own)
-    return logps, stats
+    rows, targets = (inputs["positions"], inputs["segments"]), inputs["targets"]
+    if not model.has_mtp:
+        out = model(inputs["tokens"], *rows)
+        return (score(out.hidden_BTD, model.output_head(), targets)[0],), out.stats
+    out, second_BTD, own = model.predict_both(inputs["tokens"], targets, *rows)
+    # Both heads are one pass over the vocabulary.
+    hidden_BTD = jnp.concatenate([out.hidden_BTD, second_BTD], 1)
+    targets = jnp.concatenate([targets, inputs["second_targets"]], 1)
+    logp_BT = score(hidden_BTD, model.output_head(), targets)[0]
+    stats = jax.tree.map(lambda *x: jnp.concatenate(x), out.stats, own)
+    return tuple(jnp.split(logp_BT, 2, axis=1)), stats
 
 
 def supervised_loss(model, batch: Batch, totals: Batch, *, mtp_weight: float):
@@ -99,7 +100,7 @@ def supervised_step(
 
     Returns:
         (state, metrics): loss (nats a token), mtp_loss, balance, tokens, grad_norm, skipped,
-        overflow (layers that took the dispatch for any load) and load [L, E].
+        overflow (pieces of tokens that were dispatched in several rounds) and load [L, E].
     """
     run = functools.partial(_step, optimizer=optimizer, mtp_weight=mtp_weight)
     return automatic(run, lambda state, *_: (laid(state), spec()))(state, batch, controls)

@@ -330,3 +330,41 @@ def test_attention_and_its_gradient():
     assert measured(attention, q_TD, k_SD).total_flops == 2 * product
     gradient = measured(jax.grad(attention, (0, 1)), q_TD, k_SD)
     assert gradient.total_flops == 5 * product, "the sum's gradient does not need the last product"
+
+
+NESTED = """HloModule nested
+
+%cut.1 (p.1: bf16[64,128], p.2: s32[]) -> bf16[8,128] {
+  %p.1 = bf16[64,128]{1,0} parameter(0)
+  %p.2 = s32[] parameter(1)
+  %z.1 = s32[] constant(0)
+  ROOT %d.1 = bf16[8,128]{1,0} dynamic-slice(%p.1, %p.2, %z.1), dynamic_slice_sizes={8,128}
+}
+
+%name.1 (p.3: bf16[128,32]) -> bf16[128,32] {
+  %p.3 = bf16[128,32]{1,0} parameter(0)
+  ROOT %b.1 = bf16[128,32]{1,0} bitcast(%p.3)
+}
+
+%outer.1 (p.4: bf16[64,128], p.5: s32[], p.6: bf16[128,32]) -> f32[8,32] {
+  %p.4 = bf16[64,128]{1,0} parameter(0)
+  %p.5 = s32[] parameter(1)
+  %p.6 = bf16[128,32]{1,0} parameter(2)
+  %f.1 = bf16[8,128]{1,0} fusion(%p.4, %p.5), kind=kLoop, calls=%cut.1
+  %f.2 = bf16[128,32]{1,0} fusion(%p.6), kind=kLoop, calls=%name.1
+  ROOT %c.1 = f32[8,32]{1,0} dot(%f.1, %f.2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a.1: bf16[64,128], a.2: s32[], a.3: bf16[128,32]) -> f32[8,32] {
+  %a.1 = bf16[64,128]{1,0} parameter(0)
+  %a.2 = s32[]{:S(6)} parameter(1)
+  %a.3 = bf16[128,32]{1,0} parameter(2)
+  ROOT %f.3 = f32[8,32]{1,0} fusion(%a.1, %a.2, %a.3), kind=kOutput, calls=%outer.1
+}
+"""
+
+
+def test_a_fusion_in_a_fusion_reads_what_it_cuts_and_what_it_only_renames():
+    found = costs.measure(parse(NESTED), costs.Rules(1, costs.half))
+    assert found.traffic == 2 * 8 * 128 + 2 * 128 * 32 + 4 * 8 * 32
+    assert found.total_flops == 2 * 8 * 128 * 32

@@ -48,14 +48,14 @@ def by_hand(x, index, weight, weights):
 
 
 @functools.cache
-def program(sparse):
+def program(sparse, pieces=1):
     """(y, overflow), and the gradient of Σ y·given to tokens, mixing weights and experts."""
 
     def run(index, given, x, weight, weights):
         rows, held = spec("batch", None), (spec("expert", None, None),) * 3
 
         def one(x, index, weight, weights):
-            how = dict(reach=K, slack=1.5, sparse=sparse)
+            how = dict(reach=K, slack=1.5, sparse=sparse, pieces=pieces)
             return D.dispatch(x, index, weight, weights, **how)
 
         cut = local(one, (rows, rows, rows, held), (rows, spec()))
@@ -65,11 +65,11 @@ def program(sparse):
     return jax.jit(jax.grad(run, argnums=(2, 3, 4), has_aux=True))
 
 
-def found(load, sparse):
+def found(load, sparse, pieces=1):
     x, weight, weights, given = drawn()
     devices = jax.devices()[:RANKS]
     with jax.set_mesh(make_mesh(MeshConfig(expert=RANKS), devices)):
-        grads, (y, over) = program(sparse)(loads(load), given, x, weight, weights)
+        grads, (y, over) = program(sparse, pieces)(loads(load), given, x, weight, weights)
     return jax.tree.map(np.asarray, (y, grads, over))
 
 
@@ -96,6 +96,20 @@ def test_dispatch_is_the_loop_over_tokens(sparse, load):
     for g, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads(load)), strict=True):
         np.testing.assert_allclose(g, e, rtol=FLOAT32, atol=FLOAT32 * np.abs(e).max())
     assert over == (sparse and load == "skewed")
+
+
+def test_each_piece_goes_in_its_own_rounds(monkeypatch):
+    """Three pieces of 27 tokens, the last one padded, whose worst load takes two rounds each."""
+    monkeypatch.setattr(D, "FEW", 8)
+    x, weight, weights, _ = drawn()
+    y, grads, over = found("skewed", True, 3)
+    np.testing.assert_allclose(
+        y, by_hand(x, loads("skewed"), weight, weights), rtol=FLOAT32, atol=FLOAT32
+    )
+    expected = jax.tree.leaves(expected_grads("skewed"))
+    for g, e in zip(jax.tree.leaves(grads), expected, strict=True):
+        np.testing.assert_allclose(g, e, rtol=FLOAT32, atol=FLOAT32 * np.abs(e).max())
+    assert over == 3
 
 
 def test_the_skewed_load_would_overflow_and_the_even_one_would_not():
