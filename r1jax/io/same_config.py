@@ -24,7 +24,7 @@ def config_difference(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> lis
 
 
 def check_config(saved: Mapping[str, Any], asked: Mapping[str, Any], *, where: str | Path) -> None:
-    """Refuses what another config made.
+    """Refuses what another config made. On which mesh it was made does not matter.
 
     Raises:
       ValueError: one line that names the place, the differing fields and the way out.
@@ -34,7 +34,7 @@ def check_config(saved: Mapping[str, Any], asked: Mapping[str, Any], *, where: s
         raise ValueError(
             f"{where} holds {kinds[0]}, not {kinds[1]}; choose another --out, or use --force"
         )
-    different = config_difference(saved, asked)
+    different = config_difference(*(_elsewhere(config) for config in (saved, asked)))
     if not different:
         return
     other = "another config"
@@ -47,6 +47,11 @@ def check_config(saved: Mapping[str, Any], asked: Mapping[str, Any], *, where: s
         f"{where} was made by {other} ({'; '.join(named)}{more}); "
         "set them back, choose another --out, or use --force"
     )
+
+
+def _elsewhere(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config without its mesh."""
+    return {name: value for name, value in config.items() if name != "mesh"}
 
 
 def _kind(config: Mapping[str, Any]) -> str:

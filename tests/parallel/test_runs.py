@@ -130,6 +130,21 @@ def test_a_dense_model_cut_in_heads_and_positions(tmp_path, folder, name):
     check(tmp_path, RUNS[name](folder, "dense"), CUT)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_where_there_are_other_devices(tmp_path, folder):
+    """Begun on one mesh, cut by a signal, ended on another: to the rounding of its sums."""
+    run = RUNS["sft"](folder, "moe")
+    run_trainer(run, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run_trainer(dataclasses.replace(run, mesh=EIGHT), tmp_path / "cut", display=Watch(at=1))
+    other = dataclasses.replace(run, mesh=MeshConfig(fsdp=2, context=2, tensor=2))
+    run_trainer(other, tmp_path / "cut")
+    assert [row["step"] for row in metrics.read(tmp_path / "cut" / "metrics.jsonl")] == [1, 2, 3]
+    ours, theirs = values(tmp_path / "whole"), values(tmp_path / "cut")
+    for name, value in ours.items():
+        assert np.abs(value - theirs[name]).max() < 1e-5, name
+
+
 def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, folder):
     run = RUNS["sft"](folder, "moe")
     run = dataclasses.replace(run, sft=dataclasses.replace(run.sft, micro_batches=4))
