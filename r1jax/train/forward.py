@@ -108,7 +108,7 @@ def _both(model, inputs: Rows, temperature):
 
 def _row_scores(model, inputs: Rows):
     out = model(*(inputs[name] for name in WHOLE))
-    logp_BL, _ = score(out.hidden_BTD, model.head_DN(), inputs["ahead"])
+    logp_BL, _ = score(out.hidden_BTD, model.output_head(), inputs["ahead"])
     return gather(logp_BL, "batch", "length", along="length"), out.stats.load
 
 

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""General prompts among questions: from which step, how many, each once an epoch."""
+"""The questions of a run: each once an epoch, none of them held out; general prompts among them."""
 
 import collections
+import json
 
 import pytest
 
-from r1jax.train.asked import mixed
+from r1jax.config import Difficulty, QuestionData
+from r1jax.data.template import R1
+from r1jax.train.asked import heldout_questions, mixed, training_questions
+from r1jax.train.progress import Silent
 from r1jax.train.questions import Asked
+from r1jax.train.trained import task_words
 
 GENERAL = Asked([f"p{i}" for i in range(7)], [[-i] for i in range(7)], list("abcdefg"))
 
@@ -39,3 +44,33 @@ def test_there_are_none_before_their_step():
     assert batch(5, 4, 1) == questions(5, 4, 1)
     assert batch(5, 4, 2) != questions(5, 4, 2)
     assert batch(5, 4, 2) == batch(5, 4, 9)  # a resumed run asks the same
+
+
+HOW = dict(longest=32, progress=Silent())
+
+
+def test_what_is_measured_is_never_asked_in_training():
+    data = QuestionData(difficulty=Difficulty(arithmetic_operations=(1, 2)))
+    heldout = heldout_questions(data, task_words(R1), 64, **HOW)
+    assert len({problem.key for problem in heldout.answers}) == 64
+    batch = training_questions(data, task_words(R1), seed=0, **HOW)
+    asked = [problem.key for i in range(20) for problem in batch(i, 64, i).answers]
+    assert {problem.key for problem in heldout.answers}.isdisjoint(asked)
+    assert len(set(asked)) > 64
+
+
+def test_questions_of_a_file_come_once_an_epoch(tmp_path):
+    path = tmp_path / "q.jsonl"
+    rows = [{"question": f"compute {i} + 1", "answer": str(i + 1)} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = QuestionData(dataset="questions", path=str(path), heldout=str(path))
+    batch = training_questions(data, task_words(R1), seed=0, **HOW)
+    batches = [batch(i, 4, i) for i in range(6)]  # four epochs; a batch reaches into the next
+    drawn = [prompt for asked in batches for prompt in asked.prompts]
+    epochs = [tuple(drawn[k : k + 6]) for k in range(0, 24, 6)]
+    assert all(set(epoch) == {row["question"] for row in rows} for epoch in epochs)
+    assert len(set(epochs)) > 1
+    for asked in batches:
+        assert asked.answers == [str(int(p.split()[1]) + 1) for p in asked.prompts]
+    heldout = heldout_questions(data, task_words(R1), 4, **HOW)
+    assert len(set(heldout.prompts)) == 4

@@ -14,7 +14,7 @@ from r1jax.config import PPOUpdateConfig
 from r1jax.nn.param import RouterBias
 from r1jax.nn.value import trunk_of, valued
 from r1jax.rl.rollout import rows_of
-from r1jax.train.ppo import ActorCritic, policy_of, ppo_step, shared_ppo_step
+from r1jax.train.ppo import ActorCritic, estimates, policy_of, ppo_step, shared_ppo_step
 from r1jax.train.state import Controls, TrainState
 from tests.nn import tiny as models
 from tests.train import tiny
@@ -135,6 +135,17 @@ def test_the_step_with_its_own_critic_is_the_one_by_hand():
     )
     moved = jax.tree.map(lambda p, g: p - 0.1 * g, own.params, grads)
     chex.assert_trees_all_close(value.params, moved, rtol=FLOAT32, atol=FLOAT32)
+
+
+def test_what_a_rollout_leaves_for_its_updates():
+    """The old values are those before the first update: later ones are clipped around them."""
+    rng = np.random.default_rng(0)
+    old, ref, value = (rng.normal(size=(2, 3)).astype(np.float32) for _ in range(3))
+    mask = np.array([[1, 1, 1], [1, 1, 0]], np.float32)
+    batch = {"mask": mask, "old_logp": old, "ref_logp": ref}
+    found = estimates(batch, value, np.array([1.0, 0.0], np.float32), PPOUpdateConfig(beta=0.5))
+    np.testing.assert_array_equal(found["old_value"], value * mask)
+    np.testing.assert_allclose(found["kl"], (old - ref) * mask, rtol=FLOAT32)
 
 
 def test_micro_batches_are_one_batch():
