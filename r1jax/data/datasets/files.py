@@ -19,7 +19,7 @@ T = TypeVar("T")
 Row = Mapping[str, Any]
 _GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
-_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet")
+_SUFFIXES = (".jsonl", ".gz", ".parquet")
 _HINTS = 5  # files that a refusal names
 _SHOWN = 80  # characters of a fault that is quoted
 

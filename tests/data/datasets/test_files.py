@@ -178,3 +178,12 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
 def test_several_files_as_one():
     bad = Skipped("f:1", "is wrong")
     assert joined([Rows((1, 2), (bad,)), Rows((3,))]) == Rows((1, 2, 3), (bad,))
+
+
+def test_a_folder_is_told_by_the_data_in_it(tmp_path):
+    for name in ("run.json", "pairs.jsonl", "traces.jsonl"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"is a folder; name a file in it: pairs.jsonl, traces.jsonl$"
+    ):
+        read_rows(tmp_path)
