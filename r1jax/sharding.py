@@ -28,6 +28,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("layers", None),
     ("latent", ("fsdp", "expert", "context")),
 )
+TILE = 128  # rows that a TPU keeps together
 
 
 def spec(*axes: str | None) -> PartitionSpec:
@@ -195,9 +196,12 @@ def gather(x: jax.Array, *axes: str | None, along: str) -> jax.Array:
     where = axes.index(along)
     live = carriers(*(a for a in axes if a is not None))
     names = tuple(n for n in _names((spec(*axes)[where],)) if n in live)
-    # One mesh axis at a time, each as an axis of its own: XLA:TPU makes an all-reduce and a slice
-    # of a reduce-scatter of gradients over several at once, or along the innermost dimension.
+    # One mesh axis at a time, as an axis of its own where pieces are odd or innermost: XLA:TPU
+    # makes an all-reduce and a slice of other reduce-scatters, which gradients come back by.
     for name in reversed(names):
+        if x.shape[where] % TILE == 0 and where < x.ndim - 1:
+            x = jax.lax.all_gather(x, name, axis=where, tiled=True)
+            continue
         pieces = jnp.moveaxis(jax.lax.all_gather(x, name), 0, where)
         x = pieces.reshape(*x.shape[:where], -1, *x.shape[where + 1 :])
     return x
