@@ -28,10 +28,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("layers", None),
     ("latent", ("fsdp", "expert", "context")),
 )
-
-# Rows that a TPU keeps together. Pieces of other lengths are gathered along an axis of their own:
-# XLA would make an all-reduce, twice the bytes and as large as the whole, of a gradient.
-TILE = 128
+TILE = 128  # rows that a TPU keeps together
 
 
 def spec(*axes: str | None) -> PartitionSpec:
@@ -199,12 +196,15 @@ def gather(x: jax.Array, *axes: str | None, along: str) -> jax.Array:
     where = axes.index(along)
     live = carriers(*(a for a in axes if a is not None))
     names = tuple(n for n in _names((spec(*axes)[where],)) if n in live)
-    if not names:
-        return x
-    if x.shape[where] % TILE == 0:
-        return jax.lax.all_gather(x, names, axis=where, tiled=True)
-    pieces = jnp.moveaxis(jax.lax.all_gather(x, names), 0, where)
-    return pieces.reshape(*x.shape[:where], -1, *x.shape[where + 1 :])
+    # One mesh axis at a time, as an axis of its own where pieces are odd or innermost: XLA:TPU
+    # makes an all-reduce and a slice of other reduce-scatters, which gradients come back by.
+    for name in reversed(names):
+        if x.shape[where] % TILE == 0 and where < x.ndim - 1:
+            x = jax.lax.all_gather(x, name, axis=where, tiled=True)
+            continue
+        pieces = jnp.moveaxis(jax.lax.all_gather(x, name), 0, where)
+        x = pieces.reshape(*x.shape[:where], -1, *x.shape[where + 1 :])
+    return x
 
 
 def total(x: jax.Array, *axes: str) -> jax.Array:
