@@ -96,6 +96,7 @@ def add_verb(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace, opened: Callable[[argparse.Namespace], Any]) -> None:
     """Runs the verb; `opened(args)` is the model."""
+    from r1jax.data.text import UNDATED
     from r1jax.io import outdir
     from r1jax.rl.rejection import ngrams_of
 
@@ -112,6 +113,7 @@ def run(args: argparse.Namespace, opened: Callable[[argparse.Namespace], Any]) -
     model = opened(args)
     if model.tokenizer is None:
         raise ValueError(f"{args.source}: has no tokenizer.json, so it cannot read a question")
+    model.tokenizer.today = UNDATED
     if habits.max_tokens is None:  # the other half of a small context is for the question
         habits = habits._replace(max_tokens=min(ANSWER, model.cfg.max_position // 2))
         drawing = dataclasses.replace(drawing, max_tokens=habits.max_tokens)

@@ -8,13 +8,15 @@ import functools
 import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+# What Llama 3.2's template says where it is told no date: a run that goes on tomorrow asks as today.
+UNDATED = date(2024, 7, 26)
 BROKEN = "\ufffd"  # what an incomplete character decodes to
 LONGEST = 16  # tokens after which text that ends in BROKEN is taken as it is
 
@@ -29,6 +31,7 @@ class TextTokenizer:
             token has another meaning as well.
         eos_ids: ids that end a completion, perhaps none.
         chat_template: jinja2 source, or None.
+        today: the date that a chat template is told; None is the day's.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class TextTokenizer:
         others = {self.bos_id, self.pad_id, *found}
         self.unk_id = None if unk_id in others else unk_id
         self.chat_template: str | None = self.config.get("chat_template")
+        self.today: date | None = None
 
     def _special(self, name: str) -> int | None:
         token = self.config[name]
@@ -112,7 +116,10 @@ class TextTokenizer:
                 _environment()
                 .from_string(self.chat_template)
                 .render(
-                    messages=list(messages), add_generation_prompt=add_generation_prompt, **names
+                    messages=list(messages),
+                    add_generation_prompt=add_generation_prompt,
+                    strftime_now=(self.today or datetime.now()).strftime,
+                    **names,
                 )
             )
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
@@ -250,5 +257,4 @@ def _environment():
     )
     environment.filters["tojson"] = as_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

@@ -12,7 +12,7 @@ from flax import nnx
 
 from r1jax.config import DenseConfig, ModelConfig, StartConfig
 from r1jax.data.datasets import opened_thought
-from r1jax.data.text import TextTokenizer
+from r1jax.data.text import UNDATED, TextTokenizer
 from r1jax.io.model import Model, open_model, save_model
 from r1jax.nn.build import blank
 from r1jax.nn.param import RouterBias, filled, leaves
@@ -75,6 +75,7 @@ def open_start(
     # Weights in FP8 blocks are dequantised by this too.
     values = {name: v.get_value().astype(jnp.float32) for name, v in leaves(found.module).items()}
     state = state_of(filled(blank(arch), values))
+    found.tokenizer.today = UNDATED
     return Start(dataclasses.replace(found, cfg=arch, module=state.model()), state)
 
 

@@ -2,6 +2,7 @@
 """Tokenizers, chat templates in a sandbox, and text that streams in whole characters."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from r1jax.data.text import BROKEN, TextTokenizer, load_tokenizer
+from r1jax.data.text import BROKEN, UNDATED, TextTokenizer, load_tokenizer
 
 DEEPSEEK = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "deepseek_r1"
 needs_deepseek = pytest.mark.skipif(not DEEPSEEK.is_dir(), reason="DeepSeek-R1's tokenizer absent")
@@ -170,3 +171,10 @@ def test_deepseek_r1():
         parts, rest = streamed(tokenizer, ids)
         assert "".join(parts) + rest == sample
         assert not any(BROKEN in part for part in parts)
+
+
+def test_a_template_is_told_the_date_or_one_that_stays():
+    words = byte_level(chat_template="{{ strftime_now('%Y-%m-%d') }}")
+    assert words.chat([]) == date.today().isoformat()
+    words.today = UNDATED
+    assert words.chat([]) == "2024-07-26"

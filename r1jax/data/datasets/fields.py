@@ -15,6 +15,7 @@ ROLES = {
     "bot": "assistant",
     "model": "assistant",
 }
+SPEAKERS = ("system", "developer", "user", "assistant", "tool")
 
 
 def first_of(row: Mapping[str, Any], *names: str) -> str:
@@ -129,6 +130,8 @@ def _message(item: Any, name: str) -> Message:
         raise ValueError(f"field {name!r} has no 'role'")
     role = checked(item[who], f"{name}.{who}")
     role = ROLES.get(role, role)
+    if role not in SPEAKERS:  # a template would leave the turn out, or fail in its own words
+        raise ValueError(f"field '{name}.{who}' must be one of {', '.join(SPEAKERS)}, got {role!r}")
     if item.get("tool_calls"):
         raise ValueError(f"field {name!r} has tool_calls, which no template here can render")
     content = _content(item.get(what), f"{name}.{what}")

@@ -67,6 +67,10 @@ def test_one_conversation_in_every_writing(tmp_path, row):
         ({"messages": [{"content": "x"}]}, "'messages[0]' has no 'role'"),
         ({"messages": turns("q")}, "no turn of the assistant's"),
         ({"messages": turns("q", " ")}, "'messages[1].content' is empty"),
+        (
+            {"messages": turns("q", "a") + [{"role": "usr", "content": "x"}]},
+            "must be one of system",
+        ),
         ({"messages": [{"role": 3, "content": "x"}]}, "'messages[0].role' must be text, got 3"),
         ({"messages": [{"role": "user", "content": 3}]}, "'messages[0].content' must be text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part that is none"),
