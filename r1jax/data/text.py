@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
-# What Llama 3.2's template says where it is told no date: a run that goes on tomorrow asks as today.
+# Llama 3.2's template says so where it is told no date: a run that goes on tomorrow asks as today.
 UNDATED = date(2024, 7, 26)
 BROKEN = "\ufffd"  # what an incomplete character decodes to
 LONGEST = 16  # tokens after which text that ends in BROKEN is taken as it is
