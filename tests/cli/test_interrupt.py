@@ -15,6 +15,14 @@ from r1jax.cli import interrupt
 WAIT = 5.0  # seconds, far more than it takes
 
 
+@pytest.fixture(autouse=True)
+def python_hears_ctrl_c():
+    """As in a terminal: what a shell runs in its background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press():
     os.kill(os.getpid(), signal.SIGINT)
 
