@@ -273,5 +273,6 @@ def test_the_chips_compiler_takes_it(name, chip, capsys):
             print(f"\nsoftmax_xent {name} {chip}: {report}")  # noqa: T201
         assert report.kernels >= 1
         assert max(report.vmem_limits) * MIB <= backend.device.on_chip
-        if (name, chip) != ("v3", "tpu7x"):  # there the compiler lays the head out anew
-            assert report.temporaries < 2 * t * n / 2
+        # Half of the logits. On tpu7x the compiler lays the head and its gradient out anew.
+        anew = 2 * (2 * d * n) if chip == "tpu7x" and f is not call else 0
+        assert report.temporaries < 2 * t * n / 2 + anew
