@@ -144,8 +144,10 @@ def _general(cfg: QuestionData, tokenizer, longest: int, progress: Progress) -> 
             f"{cfg.general}: {len(rows.skipped)} rows skipped, the first {rows.skipped[0]}"
         )
     before = (Message("system", cfg.system),) if cfg.system else ()
-    ids = [encode_prompt([*before, *row.prompt], tokenizer) for row in rows.items]
-    tell_unknown(progress, cfg.general, tokenizer, ids)
+    try:
+        ids = [encode_prompt([*before, *row.prompt], tokenizer) for row in rows.items]
+    except ValueError as error:  # the chat template, or the want of one
+        raise ValueError(f"data.general={cfg.general}: {error}") from error
     texts = [row.prompt[-1].content for row in rows.items]
     asked = Asked(texts, ids, list(rows.items))
     tell_unknown(progress, cfg.general, tokenizer, ids)

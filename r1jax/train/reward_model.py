@@ -31,34 +31,41 @@ def open_judges(reward: RewardConfig, data: QuestionData, tokenizer: TextTokeniz
         ValueError: a folder is no reward model of r1jax, or another vocabulary than the policy's;
             or general prompts are of a kind that none judges.
     """
-    safe = {"safe": reward.safe_path} if reward.safe_path else {}
-    paths = {"helpful": reward.model_path} | safe
+    fields = {"helpful": "model_path"} | ({"safe": "safe_path"} if reward.safe_path else {})
     if data.general:
         kinds = {row.kind for row in general(data.general, skip=data.skip).items}
-        if kinds - paths.keys():
+        if kinds - fields.keys():
             raise ValueError(
                 f"{data.general} has prompts of the kind 'safe', but reward.safe_path names no "
                 "reward model for them"
             )
-    scorers = {kind: open_scorer(path, tokenizer) for kind, path in paths.items()}
+    scorers = {
+        kind: open_scorer(vars(reward)[name], tokenizer, field=f"reward.{name}")
+        for kind, name in fields.items()
+    }
     return preferred(scorers, all_rows=not data.general)
 
 
-def open_scorer(path: str, tokenizer: TextTokenizer) -> Callable[[Completions], np.ndarray]:
+def open_scorer(
+    path: str, tokenizer: TextTokenizer, *, field: str
+) -> Callable[[Completions], np.ndarray]:
     """The reward model of a folder as a function from completions to scores [B] float32.
 
-    `path` is of the model, or of the run that trained it.
+    Args:
+        path: of the model, or of the run that trained it.
+        tokenizer: the policy's.
+        field: of the config that holds the path, for the errors.
 
     Raises:
         ValueError: it is no reward model of r1jax, or another vocabulary than the policy's.
     """
     folder = Path(path, MODEL) if Path(path, MARKER).is_file() else Path(path)
-    head = read_value_head(folder)
+    head = read_value_head(folder, field=field)
     start = open_start(StartConfig(path=str(folder), remat=False))
     theirs, ours = (t.tokenizer.get_vocab(True) for t in (start.tokenizer, tokenizer))
     if theirs != ours:
         raise ValueError(
-            f"reward.model_path={path}: its tokenizer has {len(theirs)} tokens that are not the "
+            f"{field}={path}: its tokenizer has {len(theirs)} tokens that are not the "
             f"policy's {len(ours)}; train the reward model from a model of the same vocabulary"
         )
     model = valued(trunk_of(start.model.module), jax.random.key(0), std=0.0)

@@ -55,7 +55,7 @@ class Start:
 def open_start(
     cfg: StartConfig, *, check: Callable[[ModelConfig | DenseConfig], None] = lambda _: None
 ) -> Start:
-    """Opens the model of a config.
+    """Opens the model of a config. It is read onto one device, on a mesh too, and laid out then.
 
     Args:
         check: refuses architectures that do not go with the run, before arrays are laid out.
@@ -132,8 +132,11 @@ def save_reward_model(path: str | Path, start: Start, state: TrainState) -> None
     np.savez(Path(path) / VALUE_HEAD, **head)
 
 
-def read_value_head(path: str | Path) -> Mapping[str, np.ndarray]:
+def read_value_head(path: str | Path, *, field: str) -> Mapping[str, np.ndarray]:
     """The value head of a reward model's folder.
+
+    Args:
+        field: of the config that holds the path, for the error.
 
     Raises:
         ValueError: it is no such folder.
@@ -141,7 +144,7 @@ def read_value_head(path: str | Path) -> Mapping[str, np.ndarray]:
     file = Path(path) / VALUE_HEAD
     if not file.is_file():
         raise ValueError(
-            f"reward.model_path={path}: has no {VALUE_HEAD}, so it is no reward model; name a run "
+            f"{field}={path}: has no {VALUE_HEAD}, so it is no reward model; name a run "
             "of the trainer reward_model"
         )
     with np.load(file) as found:

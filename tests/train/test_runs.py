@@ -233,6 +233,16 @@ def test_general_prompts_are_judged_by_their_reward_models(tmp_path, start):
     reward = RewardConfig(model=0.5, model_path=judge, model_from=1)
     run = dataclasses.replace(grpo_run(start, reward=reward), data=asked)
     refused(tmp_path, run, "safe_path")
+    refused(
+        tmp_path,
+        dataclasses.replace(
+            run,
+            grpo=dataclasses.replace(
+                run.grpo, reward=dataclasses.replace(reward, safe_path=start.path)
+            ),
+        ),
+        "reward.safe_path=.*it is no reward model",
+    )
     reward = dataclasses.replace(reward, safe_path=judge)
     run_trainer(
         dataclasses.replace(run, grpo=dataclasses.replace(run.grpo, reward=reward)),
