@@ -80,6 +80,57 @@ def padded(sizes_E: jax.Array, m: int, tile: int) -> tuple[jax.Array, jax.Array]
     return jnp.where(real, slot_M, n_tiles * tile), group_I
 
 
+def aligned(sizes_G: jax.Array, m: int, multiple: int, least: int) -> tuple[jax.Array, jax.Array]:
+    """Where rows go when every group begins at a multiple of some rows.
+
+    Returns:
+        slot_M: [M] row of the wider buffer; beyond its end for the tail.
+        source_P: [P] row that comes to each of its rows, any row where a group is filled up. P is
+            a multiple too, and at least `least`.
+    """
+    sizes_G = sizes_G.astype(jnp.int32)
+    wide = max(-(-(m + len(sizes_G) * (multiple - 1)) // multiple) * multiple, least)
+    filled_G = -(-sizes_G // multiple) * multiple
+    end_G, filled_end_G = jnp.cumsum(sizes_G), jnp.cumsum(filled_G)
+    row = jnp.arange(m)
+    group_M = jnp.searchsorted(end_G, row, side="right")
+    known_M = jnp.minimum(group_M, len(sizes_G) - 1)
+    moved_G = filled_end_G - filled_G - (end_G - sizes_G)
+    slot_M = jnp.where(group_M < len(sizes_G), row + moved_G[known_M], wide)
+    slot = jnp.arange(wide)
+    group_P = jnp.searchsorted(filled_end_G, slot, side="right")
+    source_P = slot - moved_G[jnp.minimum(group_P, len(sizes_G) - 1)]
+    return slot_M, jnp.clip(source_P, 0, m - 1)
+
+
+def pieces(sizes_G: jax.Array, m: int, rows: int, each: int) -> tuple[jax.Array, jax.Array]:
+    """Results of `each` pieces of `rows` rows, none of which has rows of two groups.
+
+    A group of `rows` or more has whole pieces; the last begins so that it ends with the group. One
+    of fewer has a single piece, which begins no later than m − rows.
+
+    Returns:
+        count: [1] int32, results.
+        table: [I, 3 + each] int32, I = min(m, ⌈m / (rows · each)⌉ + G): the group; which rows of
+            the first piece are the group's: how many come before, and how many they are; the first
+            row of each piece. A group's pieces beyond its end repeat its last one.
+    """
+    sizes_G = sizes_G.astype(jnp.int32)
+    start_G = jnp.cumsum(sizes_G) - sizes_G
+    results_G = -(-sizes_G // (rows * each))
+    end_G = jnp.cumsum(results_G)
+    i = jnp.arange(min(m, -(-m // (rows * each)) + len(sizes_G)))
+    group_I = jnp.minimum(jnp.searchsorted(end_G, i, side="right"), len(sizes_G) - 1)
+    size_I, start_I = sizes_G[group_I], start_G[group_I]
+    first_I = (i - (end_G - results_G)[group_I]) * rows * each
+    few_I = size_I < rows
+    last_I = jnp.where(few_I, jnp.minimum(m - rows - start_I, 0), size_I - rows)
+    begins = [start_I + jnp.minimum(first_I + rows * p, last_I) for p in range(each)]
+    skip_I = jnp.where(few_I, start_I - begins[0], 0)
+    table = jnp.stack([group_I, skip_I, jnp.minimum(size_I, rows), *begins], 1)
+    return end_G[-1:].astype(jnp.int32), jnp.maximum(table, 0).astype(jnp.int32)
+
+
 def check(sizes_E: jax.Array, m: int, n_groups: int, *, tail: bool) -> None:
     """Raises ValueError unless sizes are [n_groups] integers that sum to m (to at most m, `tail`).
 

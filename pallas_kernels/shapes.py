@@ -53,6 +53,7 @@ MATMUL = {
 }
 GROUPED = {
     "v3-up": Grouped(8 * TOKENS, 7168, 2048, 256),
+    "v3-up-of-32": Grouped(8 * TOKENS, 7168, 2048, 32),  # one of eight devices' experts
     "v3-down": Grouped(8 * TOKENS, 2048, 7168, 256),
     "v3-decode-up": Grouped(8 * 16, 7168, 2048, 256),
     "tiny": Grouped(96, 256, 128, 8),

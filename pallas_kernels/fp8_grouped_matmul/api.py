@@ -184,7 +184,9 @@ def _module(backend: Backend) -> Any:
 
         return tpu
     if backend.name == "gpu":
-        raise dispatch.Unsupported("fp8_grouped_matmul has no GPU kernel yet; use 'xla'")
+        from pallas_kernels.fp8_grouped_matmul import gpu
+
+        return gpu
     return ref
 
 

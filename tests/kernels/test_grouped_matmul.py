@@ -179,6 +179,7 @@ def test_no_rows_at_all():
 
 
 def test_a_kernel_that_is_asked_for_is_not_replaced():
-    for layer in (grouped_matmul, fp8_grouped_linear):
-        with pytest.raises(Unsupported, match="GPU kernel"):
-            layer(X, W, HALVES, implementation=Backend("gpu", "h100"))
+    with pytest.raises(Unsupported, match="GPU kernel"):
+        grouped_matmul(X, W, HALVES, implementation=Backend("gpu", "h100"))
+    with pytest.raises(Unsupported, match="block=64"):
+        fp8_grouped_linear(X, W, HALVES, block=64, implementation=Backend("gpu", "h100"))

@@ -86,3 +86,41 @@ def test_sizes_that_do_not_fit(sizes_E, tail, message):
 def test_sizes_that_only_the_program_knows_are_not_checked():
     jax.eval_shape(lambda s: groups.check(s, 8, 2, tail=False), jnp.zeros(2, jnp.int32))
     groups.check(jnp.array([3, 4]), 8, 2, tail=True)
+
+
+ROWS, EACH, ALIGNED = 16, 3, 8
+align = jax.jit(functools.partial(groups.aligned, m=M, multiple=ALIGNED, least=ROWS))
+divide = jax.jit(functools.partial(groups.pieces, rows=ROWS, each=EACH), static_argnames="m")
+
+
+@hypothesis.given(sizes())
+def test_rows_moved_to_where_groups_are_aligned(sizes_E):
+    slot_M, source_P = map(np.asarray, align(sizes_E))
+    total, wide = sizes_E.sum(), len(source_P)
+    first = np.cumsum(sizes_E) - sizes_E
+    assert not (slot_M[first[sizes_E > 0]] % ALIGNED).any()
+    assert wide % ALIGNED == 0
+    np.testing.assert_array_equal(source_P[slot_M[:total]], np.arange(total))
+    assert (slot_M[total:] >= wide).all()
+    assert source_P.min() >= 0
+    assert source_P.max() < M
+
+
+@hypothesis.given(sizes())
+def test_pieces_have_rows_of_one_group(sizes_E):
+    """Every row of a group is in one of its pieces, and aligned groups have aligned pieces."""
+    filled = -(-sizes_E // ALIGNED) * ALIGNED
+    m = M + E * ALIGNED + -M % ALIGNED
+    count, table = (np.asarray(x) for x in divide(filled, m=m))
+    group_of_row = np.repeat(np.arange(E), filled)
+    seen = np.full(m, -1)
+    for group, skip, rows, *begins in table[: count[0]]:
+        for begin in begins if rows == ROWS else begins[:1]:
+            assert 0 <= begin <= m - ROWS
+            assert begin % ALIGNED == 0
+            assert skip % ALIGNED == 0
+            own = np.arange(begin + skip, begin + skip + rows)
+            assert (group_of_row[own] == group).all()
+            seen[own] = group
+    np.testing.assert_array_equal(seen[: len(group_of_row)], group_of_row)
+    assert (seen[len(group_of_row) :] == -1).all()
