@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.nn.block import Entry, Step, run_cached
+from r1jax.nn.param import cast
 from r1jax.sharding import constrain
 
 
@@ -31,6 +32,18 @@ class Prompt(NamedTuple):
 def positions_of(valid_BT: jax.Array) -> jax.Array:
     """[B, T] int32 positions that count valid tokens from 0, whatever the padding before them."""
     return jnp.maximum(jnp.cumsum(valid_BT.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+def light(model):
+    """The model with its weights as the layers use them, so that no token waits for a cast of all.
+
+    Not so in FP8, whose blocks are made of float32 weights, nor on a mesh: a second copy of what is
+    large enough to be cut is memory that the caches need.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if model.cfg.fp8.enabled or not (mesh.empty or mesh.size == 1):
+        return model
+    return cast(model, model.cfg.dtype)
 
 
 def prefill(model, tokens_PS: jax.Array, valid_PS: jax.Array) -> Prompt:

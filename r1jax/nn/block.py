@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from r1jax.config import DenseConfig, ModelConfig
 from r1jax.nn.layers import RMSNorm
 from r1jax.nn.stats import RouterStats
-from r1jax.sharding import constrain, gather
+from r1jax.sharding import constrain, gather, platform
 
 Entry = tuple[jax.Array, jax.Array]  # what an attention caches: (latent, key) or (key, value)
 
@@ -137,12 +137,19 @@ def _rest(x: jax.Array) -> tuple[None, ...]:
 def _written(cache_LBS: jax.Array, new_BT: jax.Array, layer, index) -> jax.Array:
     """The cache [L, B, S, ...] with the entries [B, T, ...] of a layer from slot `index` on.
 
-    Rows that stand at the same slot are one slice; rows at slots of their own are scattered.
+    Rows that stand at the same slot are one slice; rows at slots of their own are scattered: row by
+    row, but on GPUs, where each row would be a kernel of its own, at once.
     """
     new_BT = new_BT.astype(cache_LBS.dtype)
     rest = (0,) * (cache_LBS.ndim - 3)
     if jnp.ndim(index) == 0:
         return jax.lax.dynamic_update_slice(cache_LBS, new_BT[None], (layer, 0, index, *rest))
+    if platform() == "gpu":
+        rows, new = new_BT.shape[:2]
+        first_B = jnp.clip(index, 0, cache_LBS.shape[2] - new)  # as slices are clipped
+        slot_BT = first_B[:, None] + jnp.arange(new)
+        at = (layer, jnp.arange(rows)[:, None], slot_BT)
+        return cache_LBS.at[at].set(new_BT, unique_indices=True, mode="promise_in_bounds")
 
     def row(b, cache):
         one = jax.lax.dynamic_index_in_dim(new_BT, b, keepdims=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from r1jax.infer.decode import Prompt, empty_cache, positions_of, prefill, step
+from r1jax.infer.decode import Prompt, empty_cache, light, positions_of, prefill, step
 from r1jax.infer.sample import Sample, sample
 from r1jax.sharding import automatic, spec
 
@@ -99,11 +99,12 @@ def _rollout(
     top_p,
 ) -> Rollout:
     rows = temperature_B.shape[0]
+    model = light(model)
     with jax.named_scope("prefill"):
         prompt = prefill(model, prompt_PS, prompt_valid_PS)
     draw = functools.partial(_draw, temperature_B=temperature_B, top_k=top_k, top_p=top_p)
     start = _start(prompt, rows, max_new_tokens, pad_id)
-    head_DN = model.head_DN()
+    head_DN = model.head_DN().astype(prompt.hidden_PD.dtype)
 
     def go_on(c):
         return (c["t"] < max_new_tokens) & ~c["done"].all()
@@ -139,9 +140,7 @@ def _start(prompt: Prompt, rows: int, length: int, pad_id: int) -> dict[str, Any
 
 def _draw(hidden_BD: jax.Array, head_DN: jax.Array, key: jax.Array, **rules: Any) -> Sample:
     """The next token of each row; logits in float32, as in `ops.loss.token_logp`."""
-    logits_BN = jnp.einsum(
-        "bd,dn->bn", hidden_BD, head_DN.astype(hidden_BD.dtype), preferred_element_type=jnp.float32
-    )
+    logits_BN = jnp.einsum("bd,dn->bn", hidden_BD, head_DN, preferred_element_type=jnp.float32)
     return sample(logits_BN, key, **rules)
 
 

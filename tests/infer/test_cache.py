@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from r1jax.infer import generate as generating
 from r1jax.infer import prompts as feeding
 from r1jax.infer.cache import begin, empty, extend, grown, last
+from r1jax.nn import block
 from tests.nn import tiny
 
 # float32, absorbed against naive over three layers of values of order 1.
@@ -64,6 +65,21 @@ def test_rows_of_their_own_lengths_and_refused_drafts(cfg):
     hidden, cache = extend(model, after, grown(cache, 20))
     for i in range(3):
         np.testing.assert_allclose(hidden[i], wanted[i, n[i] : n[i] + 3], rtol=SAME, atol=SAME)
+
+
+def test_rows_are_written_at_once_on_gpus(monkeypatch):
+    """The same as row by row, also where a slice would be clipped."""
+    rng = np.random.default_rng(0)
+    cache = rng.standard_normal((3, 4, 9, 2), np.float32)
+    new = rng.standard_normal((4, 2, 2), np.float32)
+    index = np.array([0, 5, 7, 8], np.int32)
+    wanted = cache.copy()
+    for b, start in enumerate([0, 5, 7, 7]):
+        wanted[1, b, start : start + 2] = new[b]
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(block, "platform", lambda name=platform: name)
+        got = block._written(jnp.asarray(cache), jnp.asarray(new), 1, jnp.asarray(index))
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_writing_beyond_the_room_of_a_row_is_never_asked_for(monkeypatch):

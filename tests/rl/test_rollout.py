@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rollout: what it draws, when it stops, and that the trainer finds the same log-probs."""
 
+import dataclasses
 import functools
 
 import chex
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from r1jax.infer.decode import light, prefill
 from r1jax.nn.dense import DenseTransformer
+from r1jax.nn.param import leaves
 from r1jax.rl.rollout import rollout, rows_of
 from r1jax.train.grpo import completion_logp
 from tests.nn import reference, tiny
@@ -99,6 +102,27 @@ def test_sampler_and_trainer_agree_in_bfloat16():
     error = np.abs(np.asarray(r.logp_BT) - trainer_logp(cfg, r))[mask]
     scale = np.maximum(np.tile(np.where(TEMPERATURES, TEMPERATURES, 1.0), PROMPTS), 0.0)[:, None]
     assert (error * np.broadcast_to(scale, mask.shape)[mask]).max() < BFLOAT16
+
+
+@pytest.mark.parametrize("cfg", [DEEPSEEK, QWEN2], ids=["deepseek", "qwen2"])
+def test_weights_are_rounded_once_a_rollout(cfg):
+    """Matrices but the router's, and nothing of the result changes."""
+    exact = tiny.model(dataclasses.replace(cfg, dtype="bfloat16"))
+    rounded = light(exact)
+    small = set()
+    for path, variable in leaves(rounded).items():
+        kept = variable.ndim - ("layers" in path) < 2 or "router" in path or "b_" in path
+        assert variable.dtype == (jnp.float32 if kept else jnp.bfloat16), path
+        small |= {variable.shape} if kept else set()
+    prompt, valid = prompts()
+    wanted, got = (jax.jit(prefill)(m, prompt, valid) for m in (exact, rounded))
+    chex.assert_trees_all_equal(got, wanted)
+    key, temperature_B = jax.random.key(0), jnp.ones(PROMPTS * GROUP)
+    rules = dict(max_new_tokens=NEW, eos_ids=(EOS,), pad_id=PAD)
+    program = jax.make_jaxpr(lambda m: rollout(m, prompt, valid, key, temperature_B, **rules))
+    (loop,) = (e for e in program(exact).eqns if e.primitive.name == "while")
+    wide = {v.aval.shape for v in loop.invars if v.aval.dtype == jnp.float32 and v.aval.ndim > 2}
+    assert wide <= small
 
 
 def test_greedy_rows_are_the_argmax_of_the_full_forward_pass():
