@@ -20,7 +20,7 @@ class Router(nnx.Module):
 
     def __init__(self, dim: int, cfg: MoEConfig, *, std: float):
         self.cfg = cfg
-        self.weight = param.normal((dim, cfg.n_routed_experts), ("embed", None), std)
+        self.weight = param.normal((dim, cfg.n_routed_experts), ("embed", None), std, exact=True)
         self.bias = param.constant(0.0, (cfg.n_routed_experts,), (None,), cls=param.RouterBias)
 
     def __call__(self, x_TD: jax.Array) -> Routing:
