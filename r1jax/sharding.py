@@ -179,15 +179,15 @@ def automatic(fn: Callable, out_specs: Callable[..., Any]) -> Callable:
     return lambda *args: jax.sharding.auto_axes(fn, out_sharding=out_specs(*args))(*args)
 
 
-def unpartitioned(axis: str) -> int:
-    """Pieces for a `local` region that an array cut along `axis` asks for; 1 if none is needed.
+def unpartitioned(*axes: str) -> int:
+    """Pieces for a `local` region that an array cut along `axes` asks for; 0 if none is needed.
 
-    That is the number of rows that "batch" must be cut into if the mesh in force cuts `axis`, which
-    XLA is not to partition by itself.
+    That is the number of rows that "batch" must be cut into if the mesh in force cuts one of
+    `axes`, which XLA is not to partition by itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes or not _names(spec(axis)):
-        return 1
+    if mesh.empty or mesh.manual_axes or not any(_names(spec(axis)) for axis in axes):
+        return 0
     return math.prod(mesh.shape[n] for n in _names(spec("batch")))
 
 
