@@ -71,6 +71,13 @@ class Sampler:
         noise, temperature_B = np.empty(2, np.uint32), np.empty(prompts * group_size, np.float32)
         return Ahead(self.run, state.slim(), prompt(np.int32), prompt(bool), noise, temperature_B)
 
+    def blank(self, prompts: int, group_size: int) -> Rollout:
+        """Zeros in the form of a rollout."""
+        new = (prompts * group_size, self.cfg.max_new_tokens)
+        numbers = [np.zeros(new, np.float32) for _ in range(3)]
+        tokens, ended_B = np.zeros(new, np.int32), np.zeros(new[0], bool)
+        return Rollout(*self.prompts([[0]] * prompts), tokens, *numbers, ended_B)
+
     def draw(
         self,
         state: TrainState,
