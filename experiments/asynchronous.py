@@ -43,18 +43,40 @@ def seconds_of(rows) -> float:
 
 
 def picture(path: pathlib.Path, curves) -> None:
-    """Reward and accuracy of the samples by step: a thin line a seed, a thick one their mean."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axis, field in zip(figure.subplots(1, 2), ("reward", "accuracy"), strict=True):
-        for name, runs in curves.items():
-            y = np.array([[row[field] for row in rows] for rows in runs])
-            steps = np.arange(1, y.shape[1] + 1)
-            axis.plot(steps, y.T, color=COLOURS[name], alpha=0.25, linewidth=1)
-            axis.plot(steps, y.mean(0), color=COLOURS[name], label=name)
-        axis.set_title(f"{field.capitalize()} of the samples, by step", loc="left", fontsize=10)
+    """Reward of the samples by step, and by updates that the policy which drew them had had.
+
+    A thin line a seed, a thick one their mean.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for name, runs in curves.items():
+        y = np.array([[row["reward"] for row in rows] for rows in runs])
+        step = np.array([row["step"] for row in runs[0]])
+        had = step - 1 - np.array([int(row.get("staleness", 0)) for row in runs[0]])
+        last = np.append(had[1:] > had[:-1], True)  # of two batches of one policy
+        for axis, x, y_at in ((left, step, y), (right, had[last], y[:, last])):
+            axis.plot(x, y_at.T, color=COLOURS[name], alpha=0.25, linewidth=1)
+            axis.plot(x, y_at.mean(0), color=COLOURS[name], label=name)
+    left.set_title("Reward of the samples: a thin line a seed", loc="left", fontsize=10)
+    left.set_xlabel("step of training")
+    right.set_xlabel("updates of the policy that drew them")
+    for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, loc="lower right")
+    right.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=140)
+
+
+def apart(curves) -> str:
+    """How far the curves are apart, as lines, beside how far seeds are."""
+    y = {name: np.array([[r["reward"] for r in rows] for rows in c]) for name, c in curves.items()}
+    turns, behind = y.values()
+    spread = np.mean([c.std(0, ddof=1).mean() for c in (turns, behind)])
+    same = behind[:, 1:] - turns[:, :-1]  # the same number of updates
+    return (
+        f"asynchronous less in turns, mean of steps: {(behind - turns).mean():+.3f}; at the same "
+        f"number of updates {same.mean():+.3f}, and by seed "
+        f"{', '.join(f'{d:+.3f}' for d in same.mean(1))}; deviation of seeds at a step {spread:.3f}"
+    )
 
 
 def main() -> None:
@@ -81,6 +103,8 @@ def main() -> None:
                 flush=True,
             )
     picture(args.out / "asynchronous.png", curves)
+    if len(args.runs) > 1:
+        print(apart(curves))
 
 
 if __name__ == "__main__":
