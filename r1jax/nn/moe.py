@@ -94,10 +94,10 @@ class MoE(nnx.Module):
             y_TD, overflow = dispatch.dispatch(x_TD, index_TK, weight_TK, weights, **how)
             return total(y_TD, "mlp"), overflow
 
-        pieces = unpartitioned("expert", "mlp")
+        pieces = unpartitioned("batch", "expert", "mlp")
         if not pieces:
             return run(x_TD, index_TK, weight_TK, held)
-        # XLA is partitioning, as in decoding: experts stay where they are all the same.
+        # XLA is partitioning, as in decoding: rows and experts stay where they are all the same.
         short = -len(x_TD) % pieces
         padded = lambda x, fill=0: jnp.pad(x, ((0, short), (0, 0)), constant_values=fill)  # noqa: E731
         rows = (padded(x_TD), padded(index_TK, cfg.n_routed_experts), padded(weight_TK))
