@@ -9,15 +9,19 @@ rows, positions, heads and experts, and what has to cross devices is said with `
 `share`. Those three are the identity outside such a region, where XLA partitions by itself.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+RULES: Rules = (
     ("batch", ("slices", "data", "fsdp", "expert")),
     ("length", "context"),
     ("embed", ("fsdp", "expert", "context")),
@@ -28,7 +32,29 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("layers", None),
     ("latent", ("fsdp", "expert", "context")),
 )
+# Every token asks for all weights: they are not cut where only memory would have it so. Rows have
+# no positions to cut yet.
+DECODING: Rules = (
+    ("batch", ("slices", "data", "fsdp", "expert", "context")),
+    ("length", None),
+    ("embed", None),
+    ("latent", None),
+    *(rule for rule in RULES if rule[0] in ("heads", "mlp", "vocab", "expert", "layers")),
+)
 TILE = 128  # rows that a TPU keeps together
+
+_in_force: contextvars.ContextVar[Rules] = contextvars.ContextVar("rules", default=RULES)
+
+
+@contextlib.contextmanager
+def ruled(rules: Rules) -> Iterator[None]:
+    """Another table in force. To be entered inside the function that is jitted: `jit` does not tell
+    calls under one table from calls under another."""
+    token = _in_force.set(rules)
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
 
 
 def spec(*axes: str | None) -> PartitionSpec:
@@ -39,7 +65,7 @@ def spec(*axes: str | None) -> PartitionSpec:
     """
     mesh = jax.sharding.get_abstract_mesh()
     present = () if mesh.empty else [n for n in mesh.axis_names if mesh.shape[n] > 1]
-    rules, taken, out = dict(RULES), set(), []
+    rules, taken, out = dict(_in_force.get()), set(), []
     for axis in axes:
         target = rules[axis] if axis is not None else None
         names = (target,) if isinstance(target, str) else (target or ())
@@ -52,17 +78,14 @@ def spec(*axes: str | None) -> PartitionSpec:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` laid out by its logical axes: a constraint on Auto meshes, a reshard on Explicit ones.
 
-    A dimension that its mesh axes do not divide is left whole.
+    A dimension is cut over as many of its mesh axes, from the first on, as divide it together.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x
-    where = spec(*axes)
-    even = (
-        n % math.prod(mesh.shape[a] for a in _names((e,))) == 0
-        for n, e in zip(x.shape, where, strict=True)
+    where = PartitionSpec(
+        *(_dividing(n, _names((e,)), mesh) for n, e in zip(x.shape, spec(*axes), strict=True))
     )
-    where = PartitionSpec(*(e if ok else None for e, ok in zip(where, even, strict=True)))
     if mesh.are_all_axes_explicit:
         return jax.reshard(x, where)
     return jax.lax.with_sharding_constraint(x, where)
@@ -156,16 +179,23 @@ def automatic(fn: Callable, out_specs: Callable[..., Any]) -> Callable:
     return lambda *args: jax.sharding.auto_axes(fn, out_sharding=out_specs(*args))(*args)
 
 
-def unpartitioned(axis: str) -> int:
-    """Pieces for a `local` region that an array cut along `axis` asks for; 1 if none is needed.
+def unpartitioned(*axes: str) -> int:
+    """Pieces for a `local` region that an array cut along `axes` asks for; 0 if none is needed.
 
-    That is the number of rows that "batch" must be cut into if the mesh in force cuts `axis`, which
-    XLA is not to partition by itself.
+    That is the number of rows that "batch" must be cut into if the mesh in force cuts one of
+    `axes`, which XLA is not to partition by itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes or not _names(spec(axis)):
-        return 1
+    if mesh.empty or mesh.manual_axes or not any(_names(spec(axis)) for axis in axes):
+        return 0
     return math.prod(mesh.shape[n] for n in _names(spec("batch")))
+
+
+def _dividing(size: int, names: tuple[str, ...], mesh) -> tuple[str, ...] | None:
+    """The longest run of mesh axes, from the first on, whose product divides `size`."""
+    while names and size % math.prod(mesh.shape[n] for n in names):
+        names = names[:-1]
+    return names or None
 
 
 def _names(where: PartitionSpec) -> tuple[str, ...]:

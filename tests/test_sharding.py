@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from r1jax.nn.transformer import Transformer
-from r1jax.sharding import RULES, constrain, einsum, spec, take
+from r1jax.sharding import DECODING, RULES, constrain, einsum, ruled, spec, take
 from tests.nn import tiny
 
 # Partial sums of a sharded contraction are added in another order.
@@ -45,12 +45,28 @@ def test_spec_names_the_axes_that_the_mesh_has(mode):
         assert spec("vocab", "embed") == PartitionSpec(None, "fsdp")
 
 
+def test_another_table_is_in_force_where_it_is_entered():
+    with mesh_of("auto", (2, 2, 2), ("fsdp", "expert", "context")):
+        with ruled(DECODING):
+            assert spec("expert", "embed", "latent") == PartitionSpec("expert", None, None)
+            assert spec("batch", "length") == PartitionSpec(("fsdp", "expert", "context"), None)
+        assert spec("expert", "embed") == PartitionSpec("expert", ("fsdp", "context"))
+
+
+def test_a_dimension_is_cut_as_far_as_it_goes():
+    with mesh_of("auto", (2, 4), ("data", "fsdp")):
+        for rows, pieces in ((16, 8), (6, 2), (5, 1)):
+            x = jax.jit(lambda x: constrain(x, "batch"))(jnp.zeros(rows))
+            assert len({str(s.index) for s in x.addressable_shards}) == pieces
+
+
 def test_every_axis_of_the_model_has_a_rule():
     model = jax.eval_shape(lambda: Transformer(tiny.model_config()))
     is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
     variables = jax.tree.leaves(nnx.state(model), is_leaf=is_variable)
     named = {axis for v in variables for axis in v.out_sharding if axis is not None}
     assert named <= dict(RULES).keys()
+    assert dict(DECODING).keys() == dict(RULES).keys()
     with pytest.raises(KeyError, match="bathc"):
         spec("bathc")
 

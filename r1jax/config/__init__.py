@@ -5,7 +5,7 @@ Only programs (`r1jax.train`, `r1jax.eval`) see the whole; a module is given its
 sub-config and an op is given scalars.
 """
 
-from r1jax.config.mesh import MeshConfig
+from r1jax.config.mesh import MeshConfig, SamplerConfig
 from r1jax.config.model import DenseConfig, FP8Config, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from r1jax.config.plan import PlanConfig
 from r1jax.config.presets import laptop_model, laptop_student, quickstart
@@ -77,6 +77,7 @@ __all__ = [
     "RewardConfig",
     "RopeConfig",
     "SFTConfig",
+    "SamplerConfig",
     "SamplingConfig",
     "StudentsConfig",
     "TaskConfig",

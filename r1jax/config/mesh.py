@@ -57,21 +57,60 @@ class MeshConfig:
         Raises:
             ValueError: names both fields.
         """
-        _cut("model.vocab_size", model.vocab_size, "mesh.tensor", self.tensor)
-        _cut("model.intermediate_size", model.intermediate_size, "mesh.tensor", self.tensor)
-        if isinstance(model, ModelConfig):
-            moe = model.moe
-            _cut("model.moe.n_routed_experts", moe.n_routed_experts, "mesh.expert", self.expert)
-            hidden = moe.moe_intermediate_size
-            _cut("model.moe.moe_intermediate_size", hidden, "mesh.tensor", self.tensor)
-            _cut("model.mla.num_heads", model.mla.num_heads, "mesh.tensor", self.tensor)
-        else:
-            _cut("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", self.tensor)
+        _held(model, "mesh", expert=self.expert, tensor=self.tensor)
         shards = self.fsdp * self.expert * self.context
         for name, width in cut_widths(model).items():
             _cut(name, width, "mesh.fsdp × expert × context", shards)
         _cut("rows of a micro-batch", rows, "mesh.slices × data × fsdp × expert", self.batch_shards)
         _cut("length", length, "mesh.context", self.context)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Devices, behind those of the mesh, that do nothing but sample: asynchronous training.
+
+    They draw the next batch with the weights of one step before, while the trainer learns from this
+    one. They hold weights as decoding wants them: cut over experts and heads alone.
+
+    Attributes:
+        data: copies of the model on them. 0: there are none, the mesh samples and trains in turns.
+        expert: devices that the routed experts of a copy are dealt out to.
+        tensor: devices that heads and hidden units of a copy are cut over.
+    """
+
+    data: int = 0
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        positive(self, "expert", "tensor")
+        if self.data < 0:
+            raise ValueError(f"SamplerConfig.data must be >= 0, got {self.data}")
+        if not self.data and self.expert * self.tensor > 1:
+            raise ValueError(
+                f"SamplerConfig.expert={self.expert} and SamplerConfig.tensor={self.tensor} cut "
+                "what no device holds; set SamplerConfig.data to the copies of the model, 1 or more"
+            )
+
+    @property
+    def devices(self) -> int:
+        """That only sample."""
+        return self.data * self.expert * self.tensor
+
+    def check(self, model: ModelConfig | DenseConfig, mesh: MeshConfig, *, rows: int) -> None:
+        """Refuses devices that hold the model or the rows unevenly.
+
+        Args:
+            model: the architecture.
+            mesh: the trainer's. Its devices give weights away in the pieces that these hold.
+            rows: that are sampled at a time.
+
+        Raises:
+            ValueError: names both fields.
+        """
+        _held(model, "sampler", expert=self.expert, tensor=self.tensor)
+        _cut("devices of mesh", mesh.devices, "sampler.expert × tensor", self.expert * self.tensor)
+        _cut("rows of a piece", rows, "sampler.data × expert", self.data * self.expert)
 
 
 def cut_widths(model: ModelConfig | DenseConfig) -> dict[str, int]:
@@ -83,6 +122,21 @@ def cut_widths(model: ModelConfig | DenseConfig) -> dict[str, int]:
             if rank and rank % 8 == 0:  # others are cut nowhere
                 widths[f"model.mla.{name}"] = rank
     return widths
+
+
+def _held(model: ModelConfig | DenseConfig, section: str, *, expert: int, tensor: int) -> None:
+    """Refuses experts and heads that are dealt out unevenly."""
+    cut = {"model.vocab_size": model.vocab_size}
+    cut["model.intermediate_size"] = model.intermediate_size
+    if isinstance(model, ModelConfig):
+        moe = model.moe
+        _cut("model.moe.n_routed_experts", moe.n_routed_experts, f"{section}.expert", expert)
+        cut["model.moe.moe_intermediate_size"] = moe.moe_intermediate_size
+        cut["model.mla.num_heads"] = model.mla.num_heads
+    else:
+        cut["model.num_kv_heads"] = model.num_kv_heads
+    for name, size in cut.items():
+        _cut(name, size, f"{section}.tensor", tensor)
 
 
 def _cut(name: str, size: int, axis: str, pieces: int) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from r1jax.config.check import activations, one_of, positive
-from r1jax.config.mesh import MeshConfig
+from r1jax.config.mesh import MeshConfig, SamplerConfig
 from r1jax.config.model import FP8Config
 from r1jax.config.tasks import Difficulty
 from r1jax.config.training import GRPOConfig, PairsConfig, PPOConfig, SamplingConfig, SFTConfig
@@ -153,6 +153,25 @@ def _judged(run: Any, stage: Any) -> None:
         raise ValueError("reward.safe_path judges general prompts; set data.general to their file")
 
 
+def _asynchronous(run: Any) -> None:
+    """What a sampler that is one step behind asks of a run."""
+    why = f"sampler.data={run.sampler.data} samples one step behind the trainer"
+    if run.grpo.update.importance_cap is None:
+        raise ValueError(
+            f"{why}, which has to be corrected; set grpo.update.importance_cap, for example to 2.0"
+        )
+    if run.grpo.refill:
+        raise ValueError(
+            f"{why}, before it is known whether grpo.refill={run.grpo.refill} wants more of the "
+            "last batch; set one of them to 0"
+        )
+    if run.sampling.layout != "decoding":
+        raise ValueError(
+            f"sampling.layout={run.sampling.layout!r} is of a mesh that trains and samples; with "
+            f"sampler.data={run.sampler.data} set it to 'decoding'"
+        )
+
+
 @dataclass(frozen=True)
 class SFTRun:
     """Supervised fine-tuning, distillation included: what it learns is in the file.
@@ -178,7 +197,10 @@ class SFTRun:
 
 @dataclass(frozen=True)
 class GRPORun:
-    """GRPO and its kin (`grpo.update.objective`) on questions that can be checked."""
+    """GRPO and its kin (`grpo.update.objective`) on questions that can be checked.
+
+    With `sampler.data` it is asynchronous: see `SamplerConfig`.
+    """
 
     TRAINER: ClassVar[str] = "grpo"
     trainer: str = "grpo"
@@ -189,10 +211,13 @@ class GRPORun:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     checkpoint_every: float = 30.0
 
     def __post_init__(self):
         _judged(self, self.grpo)
+        if self.sampler.data:
+            _asynchronous(self)
 
 
 @dataclass(frozen=True)

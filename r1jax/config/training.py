@@ -50,17 +50,27 @@ class SFTConfig:
         divides(self.batch_size, "batch_size", self.micro_batches, "micro_batches")
 
 
+LAYOUTS = ("decoding", "training")
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How completions are drawn, at the temperature that a stage has."""
+    """How completions are drawn, at the temperature that a stage has.
+
+    `layout` says where the weights of a mesh lie meanwhile: "decoding" lays them out anew once a
+    rollout, whole but for experts and heads; "training" needs no memory for that, and gathers every
+    layer at every token.
+    """
 
     top_k: int | None = None
     top_p: float | None = None
     prompt_length: int = 24
     max_new_tokens: int = 96
+    layout: str = "decoding"
 
     def __post_init__(self):
         positive(self, "prompt_length", "max_new_tokens")
+        one_of(self, "layout", LAYOUTS)
         if self.top_k is not None:
             positive(self, "top_k")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:

@@ -20,7 +20,7 @@ class Router(nnx.Module):
 
     def __init__(self, dim: int, cfg: MoEConfig, *, std: float):
         self.cfg = cfg
-        self.weight = param.normal((dim, cfg.n_routed_experts), ("embed", None), std)
+        self.weight = param.normal((dim, cfg.n_routed_experts), ("embed", None), std, exact=True)
         self.bias = param.constant(0.0, (cfg.n_routed_experts,), (None,), cls=param.RouterBias)
 
     def __call__(self, x_TD: jax.Array) -> Routing:
@@ -94,13 +94,15 @@ class MoE(nnx.Module):
             y_TD, overflow = dispatch.dispatch(x_TD, index_TK, weight_TK, weights, **how)
             return total(y_TD, "mlp"), overflow
 
-        pieces = unpartitioned("expert")
-        if pieces == 1:
+        # Where XLA is partitioning, as in decoding, experts stay where they are all the same; and
+        # rows do, unless the experts' weights would have to come to them.
+        cut = ("expert",) if unpartitioned("embed") else ("batch", "expert", "mlp")
+        pieces = unpartitioned(*cut)
+        if not pieces:
             return run(x_TD, index_TK, weight_TK, held)
-        # XLA is partitioning, as in decoding: experts are dealt out all the same.
         short = -len(x_TD) % pieces
         padded = lambda x, fill=0: jnp.pad(x, ((0, short), (0, 0)), constant_values=fill)  # noqa: E731
         rows = (padded(x_TD), padded(index_TK, cfg.n_routed_experts), padded(weight_TK))
-        cut = (spec("batch", None),) * 3
-        y_TD, overflow = local(run, (*cut, param.specs(held)), (cut[0], spec()))(*rows, held)
+        lies = (spec("batch", None),) * 3
+        y_TD, overflow = local(run, (*lies, param.specs(held)), (lies[0], spec()))(*rows, held)
         return y_TD[: len(x_TD)], overflow

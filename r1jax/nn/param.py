@@ -24,16 +24,23 @@ class RouterBias(nnx.Variable):
     """The balance bias b of a router: moved by the balance rule, never by the gradient."""
 
 
-def normal(shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
-    """A float32 parameter that `initialise` draws from N(0, std²), with the logical axes `axes`."""
+def normal(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, *, exact: bool = False
+) -> nnx.Param:
+    """A float32 parameter that `initialise` draws from N(0, std²), with the logical axes `axes`.
+
+    Args:
+        exact: whether layers compute with it in float32, whatever the activations are.
+    """
     zeros = jnp.zeros(shape, jnp.float32)
-    return nnx.Param(zeros, out_sharding=axes, eager_sharding=False, init_std=std)
+    how = dict(out_sharding=axes, eager_sharding=False, init_std=std, exact=exact)
+    return nnx.Param(zeros, **how)
 
 
 def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], cls=nnx.Param):
     """A float32 variable filled with `value`."""
     full = jnp.full(shape, value, jnp.float32)
-    return cls(full, out_sharding=axes, eager_sharding=False, init_std=0.0)
+    return cls(full, out_sharding=axes, eager_sharding=False, init_std=0.0, exact=True)
 
 
 def stack(make: Callable[[], nnx.Module], n: int) -> nnx.Module:
@@ -133,6 +140,19 @@ def specs(tree: Any) -> Any:
 def _trimmed(where: PartitionSpec) -> PartitionSpec:
     last = max((i + 1 for i, names in enumerate(where) if names), default=0)
     return PartitionSpec(*where[:last])
+
+
+def as_used(module: nnx.Module) -> nnx.Module:
+    """The module with its parameters in what layers compute with: to be held where none is trained.
+
+    Nothing that is computed with it differs, as every layer would cast them so. FP8 is made of
+    float32.
+    """
+    cfg = module.cfg
+    if cfg.fp8.enabled:
+        return module
+    cast = lambda x: x if x.exact else x.replace(x[...].astype(cfg.dtype))  # noqa: E731
+    return jax.tree.map(cast, module, is_leaf=_is_variable)
 
 
 def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:

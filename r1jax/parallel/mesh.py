@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from r1jax.config import DenseConfig, MeshConfig, ModelConfig
+from r1jax.config import DenseConfig, MeshConfig, ModelConfig, SamplerConfig
 from r1jax.config.mesh import cut_widths
 
 WIDEST = 64  # ranks that experts are dealt out to; DeepSeek-V3 was trained on 64 (section 3.2)
@@ -43,13 +43,57 @@ def make_mesh(
     return Mesh(_placed(cfg, shape, devices), names, axis_types=(axis_type,) * len(names))
 
 
-def entered(cfg: MeshConfig) -> contextlib.AbstractContextManager:
+def entered(cfg: MeshConfig, *, spare: int = 0) -> contextlib.AbstractContextManager:
     """The mesh of a config in force; of one device there is none.
+
+    Args:
+        spare: devices behind those of the mesh that are left to others; what is left of them is
+            idle. With 0 all devices belong to the mesh.
 
     Raises:
         ValueError: as `make_mesh`.
     """
-    return contextlib.nullcontext() if cfg.devices == 1 else jax.set_mesh(make_mesh(cfg))
+    if cfg.devices == 1:
+        return contextlib.nullcontext()
+    devices = jax.devices()[: cfg.devices] if spare else None
+    return jax.set_mesh(make_mesh(cfg, devices))
+
+
+def meshes_apart(cfg: MeshConfig, sampler: SamplerConfig) -> tuple[Mesh, Mesh]:
+    """(devices that only sample, those of the mesh `cfg`), both with the axes of the sampler's.
+
+    An array that lies on both by one spec lies in the same pieces: it goes from one to the other
+    piece by piece, and no host waits for it.
+
+    Raises:
+        ValueError: there are not so many devices, or other processes have some of them.
+    """
+    count = jax.device_count()
+    if cfg.devices + sampler.devices > count:
+        raise ValueError(
+            f"mesh takes {cfg.devices} devices and sampler {sampler.devices}, {count} are there; "
+            "change mesh.fsdp or sampler.data"
+        )
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"sampler.data={sampler.data}: devices that only sample are there in runs of one "
+            f"process, not of {jax.process_count()}; set it to 0"
+        )
+    cut = sampler.expert * sampler.tensor
+    copies = (sampler.data, cfg.devices // cut)
+    sizes = (MeshConfig(data=n, expert=sampler.expert, tensor=sampler.tensor) for n in copies)
+    # The trainer's in the order of its own mesh: a program cannot have two orders.
+    ours = jax.devices()[: cfg.devices]
+    if cfg.devices > 1:
+        ours = jax.sharding.get_mesh().devices.flat
+    theirs = jax.devices()[cfg.devices : cfg.devices + sampler.devices]
+    return tuple(_as_it_is(size, list(d)) for size, d in zip(sizes, (theirs, ours), strict=True))
+
+
+def _as_it_is(cfg: MeshConfig, devices: list[jax.Device]) -> Mesh:
+    names, shape = tuple(cfg.sizes()), tuple(cfg.sizes().values())
+    kinds = (AxisType.Auto,) * len(names)
+    return Mesh(np.array(devices).reshape(shape), names, axis_types=kinds)
 
 
 def _placed(cfg: MeshConfig, shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from r1jax.infer.decode import Prompt, empty_cache, light, positions_of, prefill, step
 from r1jax.infer.sample import Sample, sample
-from r1jax.sharding import automatic, spec
+from r1jax.nn.param import as_used, specs
+from r1jax.sharding import DECODING, automatic, kept, ruled, spec
 
 
 class Rollout(NamedTuple):
@@ -77,6 +78,26 @@ def rollout(
     run = functools.partial(_rollout, **rules, top_k=top_k, top_p=top_p)
     whole = automatic(run, lambda *_: layout())
     return whole(model, prompt_PS, prompt_valid_PS, key, temperature_B)
+
+
+def laid_out_rollout(model, *args: Any, **rules: Any) -> Rollout:
+    """`rollout` with the weights laid out for decoding first, inside the same program.
+
+    Where training cuts weights over devices, `rollout` gathers those of every layer at every token.
+    Here they are gathered once, as layers use them, and kept until the last row has ended; experts,
+    heads and the vocabulary stay where they are. Without a mesh it is `rollout`.
+
+    Args and Returns: as `rollout`.
+    """
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return rollout(model, *args, **rules)
+
+    def run(model, *args):
+        with ruled(DECODING):
+            return rollout(kept(as_used(model), specs(model)), *args, **rules)
+
+    return automatic(run, lambda *_: layout())(model, *args)
 
 
 def layout() -> Rollout:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The batch of a step: questions drawn, completions sampled, rewards judged."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from r1jax.rl.advantages import informative_groups
 from r1jax.rl.rollout import Rollout
 from r1jax.train.judge import Judge, Verdict
 from r1jax.train.program import Ahead
-from r1jax.train.questions import Questions
+from r1jax.train.questions import Asked, Questions
 from r1jax.train.sampler import Sampler
 from r1jax.train.state import TrainState
 
@@ -62,22 +62,32 @@ class Collector:
 
     def batch(self, state: TrainState, step: int, drawn: int) -> Collected:
         """One batch of questions, as it comes."""
+        asked = self.questions(drawn, self.cfg.prompts, step)
+        return self.judged(asked, self.draw(state, asked, drawn), step, drawn)
+
+    def draw(self, state: TrainState, asked: Asked, drawn: int) -> tuple[Rollout, ...]:
+        """A rollout of each piece of the questions. It returns before the device is done."""
         cfg = self.cfg
-        asked = self.questions(drawn, cfg.prompts, step)
-        size, temperatures = cfg.prompts // cfg.pieces, [cfg.temperature] * cfg.group_size
-        parts = [asked.part(i * size, (i + 1) * size) for i in range(cfg.pieces)]
+        temperatures = [cfg.temperature] * cfg.group_size
         # The device is given all pieces at once; the first are judged while it samples the rest.
-        rollouts = [
+        return tuple(
             self.sampler.draw(state, part.ids, (self.seed, drawn * cfg.pieces + i), temperatures)
-            for i, part in enumerate(parts)
-        ]
+            for i, part in enumerate(self._parts(asked))
+        )
+
+    def judged(self, asked: Asked, rollouts: Sequence[Rollout], step: int, drawn: int) -> Collected:
+        """What a step learns from the rollouts of the questions."""
         waiting = [
-            self.judge(step, part.repeated(cfg.group_size), self.sampler.read(rollout))
-            for part, rollout in zip(parts, rollouts, strict=True)
+            self.judge(step, part.repeated(self.cfg.group_size), self.sampler.read(rollout))
+            for part, rollout in zip(self._parts(asked), rollouts, strict=True)
         ]
         verdicts = [wait() for wait in waiting]
         reward_B = np.concatenate([v.reward_B for v in verdicts])
         return Collected(joined(rollouts), reward_B, mean_shown(verdicts), drawn + 1)
+
+    def _parts(self, asked: Asked) -> list[Asked]:
+        size = self.cfg.prompts // self.cfg.pieces
+        return [asked.part(i * size, (i + 1) * size) for i in range(self.cfg.pieces)]
 
     def refilled(self, state: TrainState, step: int, drawn: int) -> Collected:
         """A batch of groups with contrast: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2).
@@ -102,6 +112,26 @@ class Collector:
         rollout = taken(joined([b.rollout for b in batches]), chosen_P, rows_B)
         reward_B = np.concatenate([b.reward_B for b in batches])[rows_B]
         return Collected(rollout, reward_B, shown, batches[-1].drawn)
+
+
+class InTurns:
+    """A step's batch sampled by the policy that learns from it, right before it does."""
+
+    def __init__(self, collector: Collector):
+        self.collector = collector
+        self.collect = collector.refilled if collector.cfg.refill else collector.batch
+
+    def carried(self) -> dict[str, Any]:
+        """What a stage has to carry for it at first."""
+        return {}
+
+    def shapes(self, state: TrainState) -> Rollout:
+        """Of a batch; the sampler is traced for it."""
+        return self.collector.shapes(self.collector.ahead(state).shapes)
+
+    def __call__(self, carry: Mapping[str, Any], step: int) -> tuple[Collected, dict[str, Any]]:
+        """The batch of a step, and what to carry from here on."""
+        return self.collect(carry["state"], step, int(carry["drawn"])), {}
 
 
 def joined(rollouts: Sequence[Rollout]) -> Rollout:

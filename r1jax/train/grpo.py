@@ -36,15 +36,21 @@ def micro_batch_loss(
     logp_BT, entropy_BT, load_LE = completion_logp(model, micro, temperature)
     old_BT = micro.get("old_logp", jax.lax.stop_gradient(logp_BT))
     advantage, mask_BT = micro["advantage"], micro["mask"]
+    corrected = {}
     if importance_cap is not None:
         advantage = jnp.broadcast_to(advantage.reshape(len(advantage), -1), mask_BT.shape)
-        advantage *= truncated_importance_weight(
+        weight_BT = truncated_importance_weight(
             old_BT, micro["behaviour_logp"], mask_BT, cap=importance_cap
         )
+        advantage *= weight_BT
+        corrected = {
+            "importance": (weight_BT * mask_BT).sum(),
+            "truncated": ((weight_BT >= importance_cap) * mask_BT).sum(),
+        }
     loss, sums = objective.loss(
         logp_BT, old_BT, micro.get("ref_logp"), advantage, mask_BT, weight_BT=micro["weight"]
     )
-    sums |= {"loss": loss, "load": load_LE} | sampling_sums(micro, old_BT, entropy_BT)
+    sums |= {"loss": loss, "load": load_LE} | sampling_sums(micro, old_BT, entropy_BT) | corrected
     return loss, sums
 
 
@@ -204,12 +210,12 @@ def report_of(sums: Metrics) -> Metrics:
     """Metrics of all updates [epochs, minibatches, ...] as one set.
 
     loss, kl, ratio, ratio_error, clip_fraction, entropy (nats a token), sampler_error (root mean
-    square difference of log-probabilities), grad_norm, skipped, load [L, E].
+    square difference of log-probabilities), grad_norm, skipped, load [L, E]; where the sampler is
+    corrected for, importance (mean weight of a token) and truncated (share of tokens at the cap).
     """
     tokens = jnp.maximum(sums["tokens"].sum(), 1.0)
-    per_token = {
-        name: sums[name].sum() / tokens for name in ("kl", "ratio", "entropy") if name in sums
-    }
+    means = ("kl", "ratio", "entropy", "importance", "truncated")
+    per_token = {name: sums[name].sum() / tokens for name in means if name in sums}
     return per_token | {
         "ratio_error": jnp.sqrt(sums["ratio_square_error"].sum() / tokens),
         "sampler_error": jnp.sqrt(sums["sampler_square_error"].sum() / tokens),

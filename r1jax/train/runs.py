@@ -7,7 +7,6 @@ model/    what was trained: `r1jax generate OUT/model`, and the start of the nex
 
 import contextlib
 import dataclasses
-import functools
 import math
 import shutil
 from collections.abc import Iterator
@@ -44,6 +43,7 @@ from r1jax.nn.value import trunk_of, valued
 from r1jax.parallel.mesh import entered
 from r1jax.train import answers, stages
 from r1jax.train.asked import heldout_questions, tell_unknown, training_questions
+from r1jax.train.behind import Apart
 from r1jax.train.collect import Collector
 from r1jax.train.judge import Rules
 from r1jax.train.loop import Run, finish, finished, load
@@ -90,22 +90,34 @@ def run_trainer(
     run = Run(Path(out), as_dict, display or Silent(), cfg.checkpoint_every)
     if not force and outdir.inspect(out, as_dict) == "finished":
         return read_summary(out)
-    with entered(cfg.mesh):
+    with entered(cfg.mesh, spare=_apart(cfg)):
         return _run_trainer(cfg, run, force)
+
+
+def _apart(cfg: RunConfig) -> int:
+    """Devices that only sample."""
+    return cfg.sampler.devices if isinstance(cfg, GRPORun) else 0
 
 
 def _run_trainer(cfg: RunConfig, run: Run, force: bool) -> Record:
     out, as_dict = run.out, run.config
     rows, length = batch_of(cfg)
-    fits = functools.partial(cfg.mesh.check, rows=rows, length=length)
+
+    def fits(model):
+        cfg.mesh.check(model, rows=rows, length=length)
+        if _apart(cfg):
+            piece = cfg.grpo.prompts * cfg.grpo.group_size // cfg.grpo.pieces
+            cfg.sampler.check(model, cfg.mesh, rows=piece)
+
     if Path(cfg.start.path).exists() and not is_run(Path(cfg.start.path)):
         run.progress.message(f"reading {cfg.start.path}")  # perhaps many gigabytes
     # What is wrong is refused before anything is written.
     start = open_start(cfg.start, check=fits)
-    if cfg.mesh.devices < jax.device_count():
+    at_work = cfg.mesh.devices + _apart(cfg)
+    if at_work < jax.device_count():
         run.progress.message(
-            f"{cfg.mesh.devices} of {jax.device_count()} devices at work; for all of them set "
-            f"mesh.fsdp={jax.device_count() * cfg.mesh.fsdp // cfg.mesh.devices}"
+            f"{at_work} of {jax.device_count()} devices at work; for all of them set "
+            f"mesh.fsdp={(jax.device_count() - _apart(cfg)) * cfg.mesh.fsdp // cfg.mesh.devices}"
         )
     with _trainer(cfg, run, start) as train, outdir.held(out, as_dict, force=force):
         records = train()
@@ -252,16 +264,17 @@ def _judged(cfg: GRPORun | PPORun, run: Run, start: Start) -> Iterator[Any]:
     template = template_for(cfg.data.template, start)
     judges = open_judges(stage.reward, cfg.data, start.tokenizer) if stage.reward.model else None
     sampler = Sampler(cfg.sampling, ending_of(start.model))
+    apart = Apart(cfg.mesh, cfg.sampler) if _apart(cfg) else None
     kinds = [*questions(0, 1, 0).answers, *heldout.answers[:1]]
     with verifier(kinds, template) as verify:
         judge = Rules(
             stage.reward, template, verify, max_length=cfg.sampling.max_new_tokens, score=judges
         )
         collector = Collector(stage, sampler, questions, judge, seed=cfg.seed)
-        yield lambda: _online(cfg, run, start, collector, heldout)
+        yield lambda: _online(cfg, run, start, collector, heldout, apart=apart)
 
 
-def _online(cfg: GRPORun | PPORun, run: Run, start: Start, collector: Collector, heldout):
+def _online(cfg: GRPORun | PPORun, run: Run, start: Start, collector: Collector, heldout, *, apart):
     """Measures, trains, measures again."""
     stage = collector.cfg
 
@@ -283,9 +296,8 @@ def _online(cfg: GRPORun | PPORun, run: Run, start: Start, collector: Collector,
 
     def go():
         if isinstance(cfg, GRPORun):
-            return stages.grpo(
-                run, "grpo", start.state, stage, collector, bias_speed=start.bias_speed
-            )
+            how = dict(bias_speed=start.bias_speed, apart=apart)
+            return stages.grpo(run, "grpo", start.state, stage, collector, **how)
         return _ppo(cfg, run, start, collector)
 
     state, record = _once(

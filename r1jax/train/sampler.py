@@ -10,7 +10,7 @@ import numpy as np
 
 from r1jax.config import SamplingConfig
 from r1jax.data.corpus import left_padded
-from r1jax.rl.rollout import Rollout, rollout
+from r1jax.rl.rollout import Rollout, laid_out_rollout, rollout
 from r1jax.train.program import Ahead, program
 from r1jax.train.state import TrainState
 
@@ -34,10 +34,11 @@ class Ending(NamedTuple):
 @functools.cache
 def compile_rollout(cfg: SamplingConfig, eos_ids: tuple[int, ...], pad_id: int):
     """`rl.rollout` of a state, jitted: (state, prompt_PS, valid_PS, noise, temperature_B)."""
+    drawn = laid_out_rollout if cfg.layout == "decoding" else rollout
 
     def run(state: TrainState, prompt_PS, valid_PS, noise, temperature_B) -> Rollout:
         key = jax.random.fold_in(jax.random.key(noise[0]), noise[1])
-        return rollout(
+        return drawn(
             state.model(),
             prompt_PS,
             valid_PS,
@@ -69,6 +70,13 @@ class Sampler:
         prompt = lambda dtype: np.empty((prompts, self.cfg.prompt_length), dtype)  # noqa: E731
         noise, temperature_B = np.empty(2, np.uint32), np.empty(prompts * group_size, np.float32)
         return Ahead(self.run, state.slim(), prompt(np.int32), prompt(bool), noise, temperature_B)
+
+    def blank(self, prompts: int, group_size: int) -> Rollout:
+        """Zeros in the form of a rollout."""
+        new = (prompts * group_size, self.cfg.max_new_tokens)
+        numbers = [np.zeros(new, np.float32) for _ in range(3)]
+        tokens, ended_B = np.zeros(new, np.int32), np.zeros(new[0], bool)
+        return Rollout(*self.prompts([[0]] * prompts), tokens, *numbers, ended_B)
 
     def draw(
         self,

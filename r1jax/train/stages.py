@@ -25,7 +25,8 @@ from r1jax.eval.score import score
 from r1jax.rl.rollout import Rollout, layout
 from r1jax.sharding import place, placed_shape, spec
 from r1jax.train.answers import Answers, answers_layout
-from r1jax.train.collect import Collector
+from r1jax.train.behind import Apart, Behind
+from r1jax.train.collect import Collector, InTurns
 from r1jax.train.grpo import compile_grpo
 from r1jax.train.loop import Run, run_stage
 from r1jax.train.pairs import compile_dpo, compile_reward_model
@@ -91,12 +92,17 @@ def grpo(
     collector: Collector,
     *,
     bias_speed: float,
+    apart: Apart | None = None,
 ) -> tuple[TrainState, float]:
-    """Reinforcement learning with the reference set to the starting policy: (state, seconds)."""
+    """Reinforcement learning with the reference set to the starting policy: (state, seconds).
+
+    Args:
+        apart: devices that draw the next batch meanwhile; None: batches are drawn in turns.
+    """
     optimizer = optim.adamw(cfg.optim)
     step_jit = compile_grpo(cfg.update, optimizer)
     temperature = np.float32(cfg.temperature)
-    collect = collector.refilled if cfg.refill else collector.batch
+    batches = InTurns(collector) if apart is None else Behind(collector, apart)
 
     def controls_at(step):
         rate = optim.learning_rate(cfg.optim, step, cfg.steps)
@@ -106,9 +112,9 @@ def grpo(
 
     def step_fn(step, carry):
         if not compiling:  # in the first step: a finished stage compiles nothing
-            rollouts = collector.shapes(collector.ahead(carry["state"]).shapes)
+            rollouts = batches.shapes(carry["state"])
             compiling.append(_compiling(step_jit, carry, rollouts, controls_at(0), temperature))
-        got = collect(carry["state"], step, int(carry["drawn"]))
+        got, carried = batches(carry, step)
         compiling[0].join()
         sampled = place(got.rollout, layout())
         new, metrics = step_jit(
@@ -121,13 +127,15 @@ def grpo(
             values = {k: v for k, v in metrics.items() if k != "load"}
             return values | got.shown | load_row(metrics)
 
-        return {"state": new, "reference": reference, "drawn": np.int32(got.drawn)}, row
+        carry = {"state": new, "reference": reference, "drawn": np.int32(got.drawn)}
+        return carry | carried, row
 
     reference = copied(state.params) if cfg.update.beta else None
     carry = {
         "state": restart(state, optimizer),
         "reference": reference,
         "drawn": np.int32(0),
+        **batches.carried(),
     }
     carry, seconds = run_stage(run, stage, carry, step_fn, steps=cfg.steps)
     return carry["state"], seconds

@@ -237,6 +237,40 @@ def test_the_samplers_own_probabilities_weigh_what_is_learnt():
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(found[1.0])) > 0.01
 
 
+def test_each_token_is_weighed_by_how_far_the_sampler_was_behind():
+    """Gradient and figures against numpy's weights of the sampler's own log-probabilities."""
+    r, cap = drawn(), 1.5
+    mu_BT = r.logp_BT + np.random.default_rng(0).normal(size=r.logp_BT.shape).astype(np.float32)
+    behind = r._replace(behaviour_logp_BT=mu_BT)
+    cfg = UpdateConfig(beta=BETA, importance_cap=cap)
+    found, metrics = after(behind, update=cfg)
+    mask = np.asarray(r.mask_BT, np.float64)
+    whole, _ = logits(tiny.state().model(), rows_of(r))
+    logp = np.asarray(logp_of(whole, r.tokens_BT, 1.0)[0], np.float64)
+    weight = np.minimum(np.exp(logp - mu_BT), cap)
+    assert 0.2 < metrics["truncated"] < 0.8
+    np.testing.assert_allclose(metrics["importance"], (weight * mask).sum() / mask.sum(), rtol=1e-4)
+    share = ((weight == cap) * mask).sum() / mask.sum()
+    np.testing.assert_allclose(metrics["truncated"], share, rtol=1e-5)
+    reward_PG = REWARD.reshape(PROMPTS, GROUP)
+    advantage = (reward_PG - reward_PG.mean(1, keepdims=True)) / reward_PG.std(1, keepdims=True)
+    each = jnp.float32(weight * advantage.reshape(-1, 1))
+    grads = weighed_gradient(tiny.state(), rows_of(r), (r.tokens_BT, r.mask_BT, each))
+    chex.assert_trees_all_close(found.opt.trace, grads, rtol=FLOAT32, atol=FLOAT32)
+
+
+@jax.jit
+def weighed_gradient(state, rows, part):
+    """Σ over tokens of −A_t · ∇ log π, a sequence's mean, the sequences' mean; no clip, no KL."""
+    tokens, mask, advantage_BT = part
+
+    def loss(params):
+        logp = logp_of(logits(state.model(params), rows)[0], tokens, 1.0)[0]
+        return -((advantage_BT * logp * mask).sum(1) / mask.sum(1)).mean()
+
+    return jax.grad(loss)(state.params)
+
+
 def test_fractions_of_a_reward_survive():
     _, metrics = after()
     np.testing.assert_allclose(metrics["reward"], REWARD.mean())

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights laid out for decoding inside the rollout: the same completions, nothing gathered."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.config import MeshConfig
+from r1jax.nn.param import as_used, leaves, specs
+from r1jax.parallel.costs import Rules, measure
+from r1jax.parallel.hlo import parse
+from r1jax.rl.rollout import laid_out_rollout, rollout
+from tests.nn import tiny as models
+from tests.parallel.test_training import AUTO, CFG, EXPLICIT, QWEN2, assert_same, on
+from tests.train import tiny
+
+NEW, PROMPTS = 6, 8
+# Wide enough that one layer's weights are more than what all rows say to each other.
+DENSE = dataclasses.replace(QWEN2, hidden_size=64, intermediate_size=128)
+MIXTURE = dataclasses.replace(
+    CFG, hidden_size=64, intermediate_size=128,
+    moe=dataclasses.replace(CFG.moe, moe_intermediate_size=32),
+)  # fmt: skip
+CUT = MeshConfig(fsdp=2, tensor=2, context=2)
+DEALT = MeshConfig(expert=4, fsdp=2)
+
+
+def compiled(fn, model, prompts=PROMPTS):
+    """A rollout of two rows a prompt, compiled, and its arguments."""
+
+    def run(model, prompt_PS, valid_PS, key, temperature_B):
+        rules = dict(max_new_tokens=NEW, eos_ids=(1,), pad_id=0)
+        return fn(model, prompt_PS, valid_PS, key, temperature_B, **rules)
+
+    valid = np.ones((prompts, 4), bool)
+    valid[-1, :2] = False
+    prompt, temperature_B = models.tokens(0, prompts, 4), np.ones(2 * prompts, np.float32)
+    args = model, prompt, valid, jax.random.key(3), temperature_B
+    return jax.jit(run).lower(*args).compile(), args
+
+
+@functools.cache
+def on_one_device(cfg, prompts=PROMPTS):
+    run, args = compiled(rollout, tiny.state(cfg).model(), prompts)
+    return jax.tree.map(np.asarray, run(*args))
+
+
+def on_a_mesh(fn, cfg, mesh, kind=AUTO, prompts=PROMPTS):
+    """(rollout, bytes that a device sends in decoding)."""
+    state = tiny.state(cfg)
+    with on(mesh, kind):
+        run, args = compiled(fn, jax.device_put(state, specs(state)).model(), prompts)
+        found = jax.tree.map(np.asarray, run(*args))
+    rules = Rules(mesh.devices, lambda name, most: most or NEW)
+    sent = measure(parse(run.as_text()), rules).collectives
+    return found, sum(c.sent for c in sent if "decode/while" in c.op_name)
+
+
+def check(cfg, mesh, kind=AUTO, prompts=PROMPTS):
+    found, sent = on_a_mesh(laid_out_rollout, cfg, mesh, kind, prompts)
+    np.testing.assert_array_equal(found.tokens_BT, on_one_device(cfg, prompts).tokens_BT)
+    assert_same(found, on_one_device(cfg, prompts))
+    return sent
+
+
+def test_no_weight_is_gathered_at_a_token():
+    """The training layout gathers them all, which shows that the count can see it."""
+    sent = check(DENSE, CUT)
+    _, trained = on_a_mesh(rollout, DENSE, CUT)
+    layers = DENSE.num_layers * 3 * DENSE.hidden_size * DENSE.intermediate_size * 4
+    assert sent < layers / CUT.tensor / 2 < trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cfg", [MIXTURE, DENSE], ids=["mixture", "dense"])
+@pytest.mark.parametrize("mesh", [CUT, DEALT, MeshConfig(fsdp=8)], ids=["cut", "dealt", "fsdp"])
+def test_every_mesh_draws_what_one_device_draws(cfg, mesh):
+    sent = check(cfg, mesh)
+    _, trained = on_a_mesh(rollout, cfg, mesh)
+    assert sent < trained / 3
+    check(cfg, mesh, EXPLICIT)
+
+
+@pytest.mark.slow
+def test_rows_that_the_devices_do_not_divide():
+    check(MIXTURE, CUT, prompts=3)
+    check(DENSE, MeshConfig(data=4, tensor=2), prompts=5)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        dataclasses.replace(tiny.DEEPSEEK, dtype="bfloat16"),
+        pytest.param(dataclasses.replace(QWEN2, dtype="bfloat16"), marks=pytest.mark.slow),
+    ],
+    ids=["deepseek", "qwen2"],
+)
+def test_parameters_held_as_they_are_used_change_no_bit(cfg):
+    """Half the bytes; routers and norms, which are used in float32, stay."""
+    model = tiny.state(cfg).model()
+    held = as_used(model)
+    for name, value in leaves(held).items():
+        exact = "norm" in name or "router" in name or ".b_" in name
+        assert value[...].dtype == (jnp.float32 if exact else jnp.bfloat16), name
+    draw, args = compiled(rollout, model)
+    again, _ = compiled(rollout, held)
+    for a, b in zip(draw(*args), again(held, *args[1:]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    fp8 = dataclasses.replace(cfg.fp8, enabled=True)
+    kept = as_used(tiny.state(dataclasses.replace(cfg, fp8=fp8)).model())
+    assert {v[...].dtype for v in leaves(kept).values()} == {jnp.dtype("float32")}
