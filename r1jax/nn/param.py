@@ -110,22 +110,6 @@ def whole(variable: nnx.Variable, dtype: Any) -> jax.Array:
     return use(variable, dtype, *named).astype(jnp.float32)
 
 
-def cast(module: nnx.Module, dtype: Any) -> nnx.Module:
-    """The module with its matrices in `dtype`, the same as if `use` cast them each time.
-
-    For loops that read all weights at every turn: float32 ones cost twice the traffic, and the cast
-    of a layer as much again. A router's matrix stays, which is used in float32, as do vectors.
-    """
-    graphdef, state = nnx.split(module)
-
-    def one(path, p):
-        exact = not isinstance(p, nnx.Param) or not p.init_std or "router" in _dotted(path)
-        return p if exact else p.replace(p[...].astype(dtype))
-
-    state = jax.tree_util.tree_map_with_path(one, state, is_leaf=_is_variable)
-    return nnx.merge(graphdef, state)
-
-
 def specs(tree: Any) -> Any:
     """The tree with a `PartitionSpec` for each array: by the logical axes of its variable, under
     the mesh in force; an array that is in no variable is whole everywhere.
@@ -145,8 +129,8 @@ def _trimmed(where: PartitionSpec) -> PartitionSpec:
 def as_used(module: nnx.Module) -> nnx.Module:
     """The module with its parameters in what layers compute with: to be held where none is trained.
 
-    Nothing that is computed with it differs, as every layer would cast them so. FP8 is made of
-    float32.
+    Nothing that is computed with it differs, as every layer would cast them so. Loops that read all
+    weights at every turn are spared the cast, and half of the traffic. FP8 is made of float32.
     """
     cfg = module.cfg
     if cfg.fp8.enabled:
