@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from r1jax.ops.blockwise import attend
 from r1jax.ops.linear import FP8, linear
-from r1jax.ops.rowwise import attend_rows
+from r1jax.ops.rowwise import Operands, attend_rows
 
 LONG = 2**18  # T · S of a head: below, whole logits are as fast (experiments/log/006_…)
 MANY = 2**18  # logits of a row, all heads: from here on a CPU is faster a row at a time
@@ -70,6 +70,7 @@ def mla_naive(
     *,
     scale: float,
     fp8: FP8 | None = None,
+    backend: str | None = None,
 ) -> jax.Array:
     """MLA with keys and values expanded to all heads (DeepSeek-V3 eq. 1–11): for training.
 
@@ -83,6 +84,7 @@ def mla_naive(
         w_uv_CHV: [C, H, V] value up-projection.
         scale: softmax scale, (K + R)^-0.5 times YaRN's m².
         fp8: of the two up-projections, as in `linear`; attention itself is not quantised.
+        backend: that it is compiled for; None: `jax.default_backend()`.
 
     Returns:
         [B, T, H, V] in q's dtype; logits and softmax are float32.
@@ -91,9 +93,9 @@ def mla_naive(
     k_BSHK = linear("bsc,chk->bshk", part.c_PSC, w_uk_CHK, fp8)
     v_BSHV = linear("bsc,chv->bshv", part.c_PSC, w_uv_CHV, fp8)
     heads = lambda x: jnp.moveaxis(x, 1, 2)  # noqa: E731
-    if _by_rows(q_nope_BTHK, k_BSHK, jax.default_backend()):
+    if _by_rows(q_nope_BTHK, k_BSHK, backend or jax.default_backend()):
         q, keys = (heads(q_nope_BTHK), heads(q_rope_BTHR)), (heads(k_BSHK), part.k_rope_PSR)
-        return heads(attend_rows(*q, *keys, heads(v_BSHV), part.mask_BTS, scale))
+        return heads(attend_rows(Operands(*q, *keys, heads(v_BSHV)), part.mask_BTS, scale))
     shared_BSHR = jnp.broadcast_to(
         part.k_rope_PSR[:, :, None], (*k_BSHK.shape[:3], part.k_rope_PSR.shape[-1])
     )

@@ -23,8 +23,8 @@ from r1jax.ops.tiles import swiglu_tiles, tile_experts, tiled_slots
 
 TILES = (32, 128)  # fewest and most rows of a tile
 # `dense` reads the weights of experts where they lie, not as one matrix, up to FEW tokens and from
-# LARGE values an expert. Alone, 8 tokens: 0.8 against 1.5 ms at D 256 and F 128, but 0.19 against
-# 0.10 ms at 64 and 64.
+# LARGE values an expert, from which on `looped` is faster than `tiled` too. Alone, 8 tokens: 0.8
+# against 1.5 ms at D 256 and F 128, but 0.19 against 0.10 ms at 64 and 64.
 FEW, LARGE = 16, 2**14
 
 
@@ -40,12 +40,18 @@ def tile(rows_per_expert: float, d: int, f: int) -> int:
     return next((n for n in (TILES[0], 64) if n >= rows), TILES[1])
 
 
-def choose(n_tokens: int, k: int, n_experts: int, backend: str) -> str:
-    """The implementation to run: by measurement, `experiments/log/002_experts_on_cpu.md`."""
+def choose(n_tokens: int, k: int, n_experts: int, backend: str, *, values: int = 0) -> str:
+    """The implementation to run: by measurement, `experiments/log/002_experts_on_cpu.md` and
+    `006_models_beside_transformers.md`.
+
+    Args:
+        values: of one of an expert's matrices, where all T·K pairs are here; else 0.
+    """
     if backend != "cpu":
         return "ragged"
-    rows_per_expert = n_tokens * k / n_experts
-    return "dense" if rows_per_expert < 2 * TILES[0] else "tiled"
+    if n_tokens * k / n_experts < 2 * TILES[0]:
+        return "dense"
+    return "looped" if values >= LARGE else "tiled"
 
 
 def experts(
@@ -75,9 +81,9 @@ def experts(
     """
     n_experts, d, f = weights[0].shape
     if implementation is None:
-        implementation = choose(*index_TK.shape, n_experts, jax.default_backend())
-        if implementation == "tiled" and rows is None and d * f >= LARGE:
-            implementation = "looped"
+        values = d * f if rows is None else 0
+        backend = jax.default_backend()
+        implementation = choose(*index_TK.shape, n_experts, backend, values=values)
     weights = tuple(w.astype(x_TD.dtype) for w in weights)
     if implementation == "dense":
         return _dense(x_TD, index_TK, weight_TK, weights)
@@ -194,7 +200,7 @@ def _looped(x_TD, index_TK, weight_TK, weights):
     where, expert_I = tiled_slots(index_TK, e, tile_rows)
     rows_IRD = laid_out(x_TD, where).reshape(-1, tile_rows, d)
     weight_IR = weight_of(weight_TK, where).reshape(-1, tile_rows)
-    out = swiglu_tiles(rows_IRD, weight_IR, expert_I, *weights)
+    out = swiglu_tiles(rows_IRD, weight_IR, expert_I, weights)
     return summed(out.reshape(-1, d), where)
 
 

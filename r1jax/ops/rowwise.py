@@ -7,6 +7,7 @@ meet all its heads in one product, so no key is copied for a head.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,28 @@ import jax.numpy as jnp
 NEG = -1e30  # finite: a query without any key gets uniform weights, not NaN
 
 
-def attend_rows(q_BHTK, q_rope_BHTR, k_BHSK, k_rope_BSR, v_BHSV, mask_BTS, scale: float):
-    """softmax((q·k + q_rope·k_rope) · scale) v over the keys that the mask allows.
+class Operands(NamedTuple):
+    """What attends, and what is attended to; a row of it lacks the axis B.
 
-    Args:
+    Attributes:
         q_BHTK, q_rope_BHTR: [B, H, T, K] and [B, H, T, R] queries.
         k_BHSK: [B, H, S, K] keys.
         k_rope_BSR: [B, S, R] keys that all heads share.
         v_BHSV: [B, H, S, V] values.
+    """
+
+    q_BHTK: jax.Array
+    q_rope_BHTR: jax.Array
+    k_BHSK: jax.Array
+    k_rope_BSR: jax.Array
+    v_BHSV: jax.Array
+
+
+def attend_rows(x: Operands, mask_BTS: jax.Array, scale: float) -> jax.Array:
+    """softmax((q·k + q_rope·k_rope) · scale) v over the keys that the mask allows.
+
+    Args:
+        x: queries, keys and values.
         mask_BTS: [B, T, S] True where query t may attend to key s.
         scale: softmax scale.
 
@@ -29,45 +44,45 @@ def attend_rows(q_BHTK, q_rope_BHTR, k_BHSK, k_rope_BSR, v_BHSV, mask_BTS, scale
         [B, H, T, V] in q's dtype; logits and softmax are float32. It has a gradient in reverse
         mode, not in forward mode, and no second one.
     """
-    rows = (q_BHTK, q_rope_BHTR, k_BHSK, k_rope_BSR, v_BHSV, mask_BTS)
-    return jax.lax.map(lambda row: _row(*row, scale), rows)
+    return jax.lax.map(lambda row: _row(*row, scale), (x, mask_BTS))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _row(q_HTK, q_rope_HTR, k_HSK, k_rope_SR, v_HSV, mask_TS, scale):
-    return _forward(q_HTK, q_rope_HTR, k_HSK, k_rope_SR, v_HSV, mask_TS, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _row(x: Operands, mask_TS: jax.Array, scale: float) -> jax.Array:
+    return _forward(x, mask_TS, scale)[0]
 
 
-def _forward(q, q_rope, k, k_rope, v, mask, scale):
+def _forward(x: Operands, mask_TS, scale):
+    q, q_rope, k, k_rope, v = x
     shared_HTS = _dot("xr,sr->xs", _flat(q_rope), k_rope).reshape(*q.shape[:2], -1)
     logits_HTS = (_dot("htk,hsk->hts", q, k) + shared_HTS) * scale
-    logits_HTS = jnp.where(mask, logits_HTS, NEG)
+    logits_HTS = jnp.where(mask_TS, logits_HTS, NEG)
     # Not normalised: what is divided by the sum is the result, and in the gradient what is given.
     e_HTS = jnp.exp(logits_HTS - logits_HTS.max(-1, keepdims=True))
     total_HT1 = e_HTS.sum(-1, keepdims=True)
     e_HTS = e_HTS.astype(v.dtype)
-    out = (_dot("hts,hsv->htv", e_HTS, v) / total_HT1).astype(q.dtype)
-    return out, (q, q_rope, k, k_rope, v, mask, e_HTS, total_HT1, out)
+    out_HTV = (_dot("hts,hsv->htv", e_HTS, v) / total_HT1).astype(q.dtype)
+    return out_HTV, (x, mask_TS, e_HTS, total_HT1, out_HTV)
 
 
 def _backward(scale, residuals, given):
-    q, q_rope, k, k_rope, v, mask, e_HTS, total_HT1, out = residuals
+    (q, q_rope, k, k_rope, v), mask_TS, e_HTS, total_HT1, out_HTV = residuals
     given = given.astype(jnp.float32) / total_HT1
-    along_HT1 = (given * out.astype(jnp.float32)).sum(-1, keepdims=True)
+    along_HT1 = (given * out_HTV.astype(jnp.float32)).sum(-1, keepdims=True)
     given = given.astype(q.dtype)
-    slope = (_dot("htv,hsv->hts", given, v) - along_HT1) * scale
-    d_HTS = jnp.where(mask, e_HTS.astype(jnp.float32) * slope, 0.0).astype(q.dtype)
-    # An operand of four products: made once, not inside each.
+    slope_HTS = (_dot("htv,hsv->hts", given, v) - along_HT1) * scale
+    d_HTS = jnp.where(mask_TS, e_HTS.astype(jnp.float32) * slope_HTS, 0.0).astype(q.dtype)
+    # Operands of several products: made once, not inside each.
     d_HTS, given = jax.lax.optimization_barrier((d_HTS, given))
     like = lambda x, y: x.astype(y.dtype).reshape(y.shape)  # noqa: E731
-    return (
+    slopes = Operands(
         like(_dot("hts,hsk->htk", d_HTS, k), q),
         like(_dot("xs,sr->xr", _flat(d_HTS), k_rope), q_rope),
         like(_dot("hts,htk->hsk", d_HTS, q), k),
         like(_dot("xs,xr->sr", _flat(d_HTS), _flat(q_rope)), k_rope),
         like(_dot("hts,htv->hsv", e_HTS, given), v),
-        None,
     )
+    return slopes, None
 
 
 _row.defvjp(_forward, _backward)

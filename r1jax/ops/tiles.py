@@ -47,19 +47,21 @@ def tiled_slots(index_TK: jax.Array, n_experts: int, tile_rows: int) -> tuple[Sl
 
 
 @jax.custom_vjp
-def swiglu_tiles(rows_IRD, weight_IR, expert_I, w_gate_EDF, w_up_EDF, w_down_EFD) -> jax.Array:
+def swiglu_tiles(rows_IRD, weight_IR, expert_I, weights) -> jax.Array:
     """[I, R, D]: weight · (SiLU(x·W_gate) ⊙ (x·W_up)) · W_down of each tile's expert.
 
     Args:
         rows_IRD: [I, R, D] tiles of rows.
         weight_IR: [I, R] of each row.
         expert_I: [I] int32.
-        w_gate_EDF, w_up_EDF, w_down_EFD: the experts' weights, in the dtype of the rows.
+        weights: (w_gate_EDF, w_up_EDF, w_down_EFD) in the dtype of the rows.
     """
-    return _forward(rows_IRD, weight_IR, expert_I, w_gate_EDF, w_up_EDF, w_down_EFD)[0]
+    return _forward(rows_IRD, weight_IR, expert_I, weights)[0]
 
 
-def _forward(rows_IRD, weight_IR, expert_I, w_gate, w_up, w_down):
+def _forward(rows_IRD, weight_IR, expert_I, weights):
+    w_gate, w_up, w_down = weights
+
     def one(tile):
         row_RD, weight_R, e = tile
         gate, up = row_RD @ _of(w_gate, e), row_RD @ _of(w_up, e)
@@ -67,7 +69,7 @@ def _forward(rows_IRD, weight_IR, expert_I, w_gate, w_up, w_down):
         return h @ _of(w_down, e), gate, up
 
     out, gate, up = jax.lax.map(one, (rows_IRD, weight_IR, expert_I))
-    return out, (rows_IRD, weight_IR, expert_I, (w_gate, w_up, w_down), gate, up)
+    return out, (rows_IRD, weight_IR, expert_I, weights, gate, up)
 
 
 def _backward(residuals, given_IRD):
@@ -92,7 +94,7 @@ def _backward(residuals, given_IRD):
     zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in (w_gate, w_up, w_down))
     tiles = (rows_IRD, weight_IR, expert_I, *kept, given_IRD)
     totals, (d_rows, d_weight) = jax.lax.scan(one, zeros, tiles)
-    return d_rows, d_weight, None, *(x.astype(w_up.dtype) for x in totals)
+    return d_rows, d_weight, None, tuple(x.astype(w_up.dtype) for x in totals)
 
 
 swiglu_tiles.defvjp(_forward, _backward)

@@ -100,6 +100,9 @@ def test_choice_of_implementation():
     assert choose(64, 2, 8, "cpu") == "dense"  # few rows an expert
     assert choose(1, 8, 256, "cpu") == "dense"  # decoding: tiles would be empty
     assert choose(4096, 8, 256, "cpu") == "tiled"
+    assert choose(4096, 8, 256, "cpu", values=LARGE - 1) == "tiled"
+    assert choose(4096, 8, 256, "cpu", values=LARGE) == "looped"
+    assert choose(4096, 8, 256, "tpu", values=LARGE) == "ragged"
 
 
 def test_unknown_implementation():

@@ -8,7 +8,7 @@ import pytest
 
 from r1jax.ops import attention
 from r1jax.ops.attention import LatentPart, mla_naive
-from r1jax.ops.rowwise import attend_rows
+from r1jax.ops.rowwise import Operands, attend_rows
 
 FLOAT32 = 3e-5  # sums of up to 30 float32 products of order 1, in another order
 BFLOAT16 = 3e-2  # weights and gradients rounded to eight bits on the way
@@ -52,7 +52,7 @@ def test_equations_and_gradients(dtype, close):
     wanted, gradients = by_hand([np.asarray(x, np.float64) for x in held], mask, given)
 
     def loss(*arrays):
-        out = attend_rows(*arrays, mask, SCALE)
+        out = attend_rows(Operands(*arrays), mask, SCALE)
         return (out.astype(jnp.float32) * given).sum(), out
 
     (_, out), found = jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*held)
