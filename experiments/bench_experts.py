@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from r1jax.ops.experts import experts
 
-IMPLEMENTATIONS = ("dense", "tiled", "ragged")
+IMPLEMENTATIONS = ("dense", "tiled", "looped", "ragged")
 # tokens, experts, experts per token, model width, expert width
 SHAPES = (
     (128, 8, 2, 64, 32),  # a decoding step of the laptop model

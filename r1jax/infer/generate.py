@@ -26,6 +26,7 @@ from r1jax.infer.multitoken import (
 from r1jax.infer.prompts import Kept, bucket, feed
 from r1jax.infer.sample import draw
 from r1jax.infer.speculative import HOPE, Costs, pays
+from r1jax.infer.unrolled import for_decoding
 from r1jax.nn.count import drafter_share
 
 ROOM = 64  # tokens that one call of the compiled loop can make
@@ -142,8 +143,7 @@ class Generation:
         """
         _check(model, prompts, sampling)
         self.model, self.sampling, self.counts = model, sampling, Counts()
-        # Flattened once: a module of a few hundred arrays takes longer to flatten than to run.
-        self._weights, self._treedef = jax.tree.flatten(model)
+        self._weights, self._treedef = None, None
         self._prompts = [list(map(int, p)) for p in prompts]
         self._before, self._rows = kept, [list(row) for row in self._prompts]
         self._session: Session | None = None
@@ -156,6 +156,8 @@ class Generation:
         rows = len(first)
         self.counts = self.counts._replace(tokens=rows, passes=rows)
         yield self._noted(first)
+        # Flattened once: a module of a few hundred arrays takes longer to flatten than to run.
+        self._weights, self._treedef = jax.tree.flatten(for_decoding(self.model))
         most = 4
         while (np.asarray(session.left_B) > 0).any():
             began = time.perf_counter()

@@ -101,8 +101,7 @@ def extend_mtp(model, hidden_BTD: jax.Array, next_BT: jax.Array, own: Entry, len
 
 def head_logits(model, hidden_BTD: jax.Array) -> jax.Array:
     """[B, T, N] float32 logits of the shared head."""
-    head_DN = model.head_DN().astype(hidden_BTD.dtype)
-    return jnp.einsum("btd,dn->btn", hidden_BTD, head_DN, preferred_element_type=jnp.float32)
+    return model.output_head().logits(hidden_BTD)
 
 
 def probabilities(model, hidden_BTD: jax.Array, temperature_B: jax.Array, rules: Rules):

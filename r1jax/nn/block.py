@@ -115,11 +115,25 @@ def _kept(cfg: ModelConfig | DenseConfig):
     )
 
 
-def run_cached(layers: Block, x_BTD, rotation, *, prompt: Entry | None, own: Entry, step: Step):
+def run_cached(
+    layers: Block | tuple[Block, ...],
+    x_BTD,
+    rotation,
+    *,
+    prompt: Entry | None,
+    own: Entry,
+    step: Step,
+):
     """A stack of layers for one step; caches have a leading layer axis: (x_BTD, own).
 
     The own cache is carried, not stacked anew: a step writes its entries and copies nothing else.
+    Layers that lie each by itself run one after another, without a scan.
     """
+    if isinstance(layers, tuple):
+        for i, layer in enumerate(layers):
+            mine = jax.tree.map(lambda x, i=i: x[i], prompt)
+            x_BTD, own = layer.cached(x_BTD, rotation, mine, own, step._replace(layer=i))
+        return x_BTD, own
 
     def body(carry, xs):
         layer, prompt_layer, index = xs

@@ -13,8 +13,9 @@ from pallas_kernels.softmax_xent.ref import columns, tile_of
 from r1jax.nn import param
 from r1jax.ops.loss import token_logp
 from r1jax.ops.sliced_loss import Slices, sliced_logp
-from r1jax.sharding import carriers, count, gather, share
+from r1jax.sharding import carriers, count, gather, platform, share
 
+FEW = 8  # rows that a tied head is multiplied by from the left, on a CPU
 COLUMNS = 8192  # of the vocabulary that are whole at a time where devices hold parts of the head
 
 
@@ -35,6 +36,19 @@ class Head(NamedTuple):
         """[D, N] float32."""
         whole = param.whole(self.weight, self.dtype)
         return whole.T if self.tied else whole
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """[B, T, N] float32 logits of all columns."""
+        (b, t, _), dtype = hidden_BTD.shape, hidden_BTD.dtype
+        if self.tied and b * t <= FEW and platform() == "cpu":
+            # The embedding times the rows: XLA:CPU transposes it for rows times the embedding.
+            whole_ND = param.whole(self.weight, self.dtype).astype(dtype)
+            rows_XD = hidden_BTD.reshape(b * t, -1)
+            how = dict(preferred_element_type=jnp.float32)
+            logits_NX = jnp.einsum("nd,xd->nx", whole_ND, rows_XD, **how)
+            return jax.lax.optimization_barrier(logits_NX).T.reshape(b, t, -1)
+        head_DN = self.whole_DN().astype(dtype)
+        return jnp.einsum("btd,dn->btn", hidden_BTD, head_DN, preferred_element_type=jnp.float32)
 
 
 def score(

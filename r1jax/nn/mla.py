@@ -11,7 +11,7 @@ from r1jax.nn.param import operand
 from r1jax.ops.attention import LatentPart, mla_absorbed, mla_naive
 from r1jax.ops.linear import FP8, rounded, seen
 from r1jax.ops.rope import rotate_interleaved, yarn_mscale
-from r1jax.sharding import total
+from r1jax.sharding import platform, total
 
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin, each [B, T, R/2]
 
@@ -78,7 +78,8 @@ class MLA(nnx.Module):
     def __call__(self, x_BTD: jax.Array, rotation: Rotation, part: LatentPart) -> jax.Array:
         """Attention over one part as long as the queries, keys expanded: training and prefill."""
         q, up = self.query(x_BTD, rotation), self._up(x_BTD.dtype)
-        out = mla_naive(*q, part, *up, scale=self.scale, fp8=self.fp8)
+        how = dict(scale=self.scale, fp8=self.fp8, backend=platform())
+        out = mla_naive(*q, part, *up, **how)
         return self._project(out)
 
     def cached(self, x_BTD: jax.Array, rotation: Rotation, parts: tuple[LatentPart, ...]):

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 
 from r1jax.ops.blockwise import attend
 from r1jax.ops.linear import FP8, linear
+from r1jax.ops.rowwise import Operands, attend_rows
 
 LONG = 2**18  # T · S of a head: below, whole logits are as fast (experiments/log/006_…)
+MANY = 2**18  # logits of a row, all heads: from here on a CPU is faster a row at a time
 NEG = -1e30  # finite: a query without any key gets uniform weights, not NaN
 
 
@@ -68,6 +70,7 @@ def mla_naive(
     *,
     scale: float,
     fp8: FP8 | None = None,
+    backend: str | None = None,
 ) -> jax.Array:
     """MLA with keys and values expanded to all heads (DeepSeek-V3 eq. 1–11): for training.
 
@@ -81,6 +84,7 @@ def mla_naive(
         w_uv_CHV: [C, H, V] value up-projection.
         scale: softmax scale, (K + R)^-0.5 times YaRN's m².
         fp8: of the two up-projections, as in `linear`; attention itself is not quantised.
+        backend: that it is compiled for; None: `jax.default_backend()`.
 
     Returns:
         [B, T, H, V] in q's dtype; logits and softmax are float32.
@@ -88,13 +92,16 @@ def mla_naive(
     dtype = q_nope_BTHK.dtype
     k_BSHK = linear("bsc,chk->bshk", part.c_PSC, w_uk_CHK, fp8)
     v_BSHV = linear("bsc,chv->bshv", part.c_PSC, w_uv_CHV, fp8)
+    heads = lambda x: jnp.moveaxis(x, 1, 2)  # noqa: E731
+    if _by_rows(q_nope_BTHK, k_BSHK, backend or jax.default_backend()):
+        q, keys = (heads(q_nope_BTHK), heads(q_rope_BTHR)), (heads(k_BSHK), part.k_rope_PSR)
+        return heads(attend_rows(Operands(*q, *keys, heads(v_BSHV)), part.mask_BTS, scale))
     shared_BSHR = jnp.broadcast_to(
         part.k_rope_PSR[:, :, None], (*k_BSHK.shape[:3], part.k_rope_PSR.shape[-1])
     )
     q_BTHK = jnp.concatenate([q_nope_BTHK, q_rope_BTHR], -1)
     k_BSHK = jnp.concatenate([k_BSHK, shared_BSHR], -1)
     if _long((part,), q_BTHK):
-        heads = lambda x: jnp.moveaxis(x, 1, 2)  # noqa: E731
         out = attend(heads(q_BTHK)[:, :, None], heads(k_BSHK), heads(v_BSHV), part.mask_BTS, scale)
         return jnp.moveaxis(out[:, :, 0], 2, 1)
     logits = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
@@ -196,6 +203,12 @@ def _long(parts: tuple[LatentPart | KVPart, ...], q_BTHK: jax.Array) -> bool:
     mask_BTS = parts[0].mask_BTS
     one = len(parts) == 1 and parts[0][0].shape[0] == q_BTHK.shape[0]
     return one and mask_BTS.shape[1] * mask_BTS.shape[2] >= LONG and mask_BTS.shape[1] > 16
+
+
+def _by_rows(q_BTHK: jax.Array, k_BSHK: jax.Array, backend: str) -> bool:
+    """Whether a CPU attends a row at a time: rows of many logits, but not yet `LONG`."""
+    t, s = q_BTHK.shape[1], k_BSHK.shape[1]
+    return backend == "cpu" and t * s < LONG and t * s * q_BTHK.shape[2] >= MANY
 
 
 def _group(x: jax.Array, n: int) -> jax.Array:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routed experts' feed-forward network, dropless, in three equal implementations.
+"""The routed experts' feed-forward network, dropless, in four equal implementations.
 
 `ragged`: tokens sorted by expert, `jax.lax.ragged_dot`. What accelerators run.
 `tiled`:  tokens sorted by expert, each expert's rows padded to whole tiles, one batched matmul over
           (tile, its expert's weights). For CPUs, where `ragged_dot` multiplies every row by every
           expert.
+`looped`: the same tiles one after another, an expert's weights read where they lie. For CPUs when
+          an expert is large.
 `dense`:  every expert on every token as two wide matmuls, unchosen ones weighed by zero. For CPUs
           when an expert gets few rows: E/K times the arithmetic, but neither sort nor gather.
 None drops a token at any load. `experiments/bench_experts.py` measures them.
@@ -17,11 +19,12 @@ from pallas_kernels.fp8_grouped_matmul import fp8_grouped_linear
 from r1jax.ops.deal import laid_out, slots, summed, weight_of
 from r1jax.ops.linear import FP8
 from r1jax.ops.mlp import gated
+from r1jax.ops.tiles import swiglu_tiles, tile_experts, tiled_slots
 
 TILES = (32, 128)  # fewest and most rows of a tile
 # `dense` reads the weights of experts where they lie, not as one matrix, up to FEW tokens and from
-# LARGE values an expert. Alone, 8 tokens: 0.8 against 1.5 ms at D 256 and F 128, but 0.19 against
-# 0.10 ms at 64 and 64.
+# LARGE values an expert, from which on `looped` is faster than `tiled` too. Alone, 8 tokens: 0.8
+# against 1.5 ms at D 256 and F 128, but 0.19 against 0.10 ms at 64 and 64.
 FEW, LARGE = 16, 2**14
 
 
@@ -37,12 +40,18 @@ def tile(rows_per_expert: float, d: int, f: int) -> int:
     return next((n for n in (TILES[0], 64) if n >= rows), TILES[1])
 
 
-def choose(n_tokens: int, k: int, n_experts: int, backend: str) -> str:
-    """The implementation to run: by measurement, `experiments/log/002_experts_on_cpu.md`."""
+def choose(n_tokens: int, k: int, n_experts: int, backend: str, *, values: int = 0) -> str:
+    """The implementation to run: by measurement, `experiments/log/002_experts_on_cpu.md` and
+    `006_models_beside_transformers.md`.
+
+    Args:
+        values: of one of an expert's matrices, where all T·K pairs are here; else 0.
+    """
     if backend != "cpu":
         return "ragged"
-    rows_per_expert = n_tokens * k / n_experts
-    return "dense" if rows_per_expert < 2 * TILES[0] else "tiled"
+    if n_tokens * k / n_experts < 2 * TILES[0]:
+        return "dense"
+    return "looped" if values >= LARGE else "tiled"
 
 
 def experts(
@@ -61,7 +70,7 @@ def experts(
         index_TK: [T, K] int32 chosen experts; E for one that is not here and adds nothing.
         weight_TK: [T, K] float32 mixing weights.
         weights: (w_gate_EDF, w_up_EDF, w_down_EFD).
-        implementation: "ragged", "tiled", "dense" or None to choose by backend and shape.
+        implementation: "ragged", "tiled", "looped", "dense" or None to choose by backend and shape.
         rows: at most so many (token, expert) pairs are here; None if all T·K are.
 
     Returns:
@@ -70,9 +79,11 @@ def experts(
     Raises:
         ValueError: unknown implementation.
     """
-    n_experts = weights[0].shape[0]
+    n_experts, d, f = weights[0].shape
     if implementation is None:
-        implementation = choose(*index_TK.shape, n_experts, jax.default_backend())
+        values = d * f if rows is None else 0
+        backend = jax.default_backend()
+        implementation = choose(*index_TK.shape, n_experts, backend, values=values)
     weights = tuple(w.astype(x_TD.dtype) for w in weights)
     if implementation == "dense":
         return _dense(x_TD, index_TK, weight_TK, weights)
@@ -80,7 +91,11 @@ def experts(
         return _ragged(x_TD, index_TK, weight_TK, weights, rows)
     if implementation == "tiled":
         return _tiled(x_TD, index_TK, weight_TK, weights, rows)
-    raise ValueError(f"{implementation=} must be 'ragged', 'tiled', 'dense' or None")
+    if implementation == "looped" and rows is None:
+        return _looped(x_TD, index_TK, weight_TK, weights)
+    raise ValueError(
+        f"{implementation=} must be 'ragged', 'tiled', 'looped' (with rows=None), 'dense' or None"
+    )
 
 
 def fp8_experts(
@@ -179,6 +194,16 @@ def _tiled(x_TD, index_TK, weight_TK, weights, bound):
     return out[back].reshape(t, k, d).sum(1)
 
 
+def _looped(x_TD, index_TK, weight_TK, weights):
+    (t, k), (e, d, f) = index_TK.shape, weights[0].shape
+    tile_rows = tile(t * k / e, d, f)
+    where, expert_I = tiled_slots(index_TK, e, tile_rows)
+    rows_IRD = laid_out(x_TD, where).reshape(-1, tile_rows, d)
+    weight_IR = weight_of(weight_TK, where).reshape(-1, tile_rows)
+    out = swiglu_tiles(rows_IRD, weight_IR, expert_I, weights)
+    return summed(out.reshape(-1, d), where)
+
+
 def _sort(index_TK: jax.Array, n_experts: int):
     """(order, token of each sorted row, rows of each expert) of the T·K assignments."""
     flat = index_TK.reshape(-1)
@@ -201,12 +226,7 @@ def tile_slots(
         slot_M: [M] row of the padded buffer; expert_I: [I] expert of each of its tiles, where
         I = ⌈M / tile_rows⌉ + E bounds the tiles at any load. Unused tiles name the last expert.
     """
-    m, e = expert_M.shape[0], sizes_E.shape[0]
-    tiles_E = -(-sizes_E // tile_rows)
-    first_tile_E = jnp.cumsum(tiles_E) - tiles_E
+    m = expert_M.shape[0]
+    first_tile_E, expert_I = tile_experts(sizes_E, m, tile_rows)
     first_row_E = jnp.cumsum(sizes_E) - sizes_E
-    slot_M = first_tile_E[expert_M] * tile_rows + jnp.arange(m) - first_row_E[expert_M]
-    n_tiles = -(-m // tile_rows) + e
-    ends_E = jnp.cumsum(tiles_E)
-    expert_I = jnp.searchsorted(ends_E, jnp.arange(n_tiles), side="right")
-    return slot_M, jnp.minimum(expert_I, e - 1)
+    return first_tile_E[expert_M] * tile_rows + jnp.arange(m) - first_row_E[expert_M], expert_I

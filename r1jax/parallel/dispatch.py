@@ -90,7 +90,8 @@ def dispatch(
     """
     ranks, held = count("expert"), weights[0].shape[0]
     if ranks == 1:
-        how = choose(*index_TK.shape, held, platform())
+        values = weights[0].shape[1] * weights[0].shape[2]
+        how = choose(*index_TK.shape, held, platform(), values=values)
         y_TD = _experts(x_TD, index_TK, weight_TK, weights, fp8=fp8, implementation=how)
         return y_TD, jnp.float32(0.0)
     t, k = -(-len(x_TD) // pieces), index_TK.shape[1]

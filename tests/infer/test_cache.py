@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from r1jax.infer import generate as generating
 from r1jax.infer import prompts as feeding
+from r1jax.infer import unrolled
 from r1jax.infer.cache import begin, empty, extend, grown, last
 from r1jax.nn import block
 from tests.nn import tiny
@@ -37,6 +38,31 @@ def test_token_by_token(cfg):
         hidden, cache = step(model, tokens[:, t : t + 1], cache)
         cache = cache._replace(length_B=cache.length_B + 1)
         np.testing.assert_allclose(hidden[:, 0], wanted[:, t], rtol=SAME, atol=SAME)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS[1:3])
+def test_layers_that_lie_each_by_itself(cfg, monkeypatch):
+    """Decoding from them is decoding from the stack; small layers stay in it."""
+    model, tokens = tiny.model(cfg), tiny.tokens(5, 2, 6)
+    assert unrolled.for_decoding(model) is model
+    monkeypatch.setattr(unrolled, "SMALLEST", 1)
+    apart = unrolled.for_decoding(model)
+    assert [len(layers) for layers in apart.stacks()] == [cfg.num_layers]
+    cache = empty(model, 2, 8)
+    wanted, got = step(model, tokens, cache), step(apart, tokens, cache)
+    for w, g in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(g, w, rtol=SAME, atol=SAME)
+    np.testing.assert_array_equal(apart.head_DN(), model.head_DN())
+
+
+@pytest.mark.parametrize("cfg", CONFIGS[1:])
+def test_logits_of_few_rows_and_of_many(cfg):
+    model, hidden = tiny.model(cfg), np.random.default_rng(6).normal(size=(3, 4, 8))
+    hidden = jnp.asarray(hidden, jnp.float32)
+    many = jnp.einsum("btd,dn->btn", hidden, model.head_DN())
+    few = model.output_head().logits(hidden[:2])
+    np.testing.assert_allclose(few, many[:2], rtol=SAME, atol=SAME)
+    np.testing.assert_allclose(model.output_head().logits(hidden), many, rtol=SAME, atol=SAME)
 
 
 @settings(max_examples=5)

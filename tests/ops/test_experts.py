@@ -16,7 +16,7 @@ from r1jax.ops.experts import FEW, LARGE, TILES, choose, experts, tile, tile_slo
 FLOAT32 = 5e-5
 # bfloat16 keeps 8 bits; three roundings in a row on numbers up to the largest output.
 BFLOAT16 = 4e-2
-IMPLEMENTATIONS = ["ragged", "tiled", "dense"]
+IMPLEMENTATIONS = ["ragged", "tiled", "looped", "dense"]
 D, F = 3, 4
 TILE = TILES[0]
 
@@ -100,6 +100,9 @@ def test_choice_of_implementation():
     assert choose(64, 2, 8, "cpu") == "dense"  # few rows an expert
     assert choose(1, 8, 256, "cpu") == "dense"  # decoding: tiles would be empty
     assert choose(4096, 8, 256, "cpu") == "tiled"
+    assert choose(4096, 8, 256, "cpu", values=LARGE - 1) == "tiled"
+    assert choose(4096, 8, 256, "cpu", values=LARGE) == "looped"
+    assert choose(4096, 8, 256, "tpu", values=LARGE) == "ragged"
 
 
 def test_unknown_implementation():
@@ -152,11 +155,12 @@ def test_large_tiles_are_the_dense_sum():
     )
     index = jnp.asarray([rng.permutation(3)[:2] for _ in range(t)], jnp.int32)
     share = jnp.asarray(rng.uniform(size=(t, 2)), jnp.float32)
-    one, other = (
+    one, loop, other = (
         jax.jit(lambda x, how=how: experts(x, index, share, weights, implementation=how))(x)
-        for how in ("tiled", "dense")
+        for how in ("tiled", "looped", "dense")
     )
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(loop, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("t", [1, FEW, FEW + 1])

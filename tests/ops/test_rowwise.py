@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention a row at a time = the equations written out, in result and in every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1jax.ops import attention
+from r1jax.ops.attention import LatentPart, mla_naive
+from r1jax.ops.rowwise import Operands, attend_rows
+
+FLOAT32 = 3e-5  # sums of up to 30 float32 products of order 1, in another order
+BFLOAT16 = 3e-2  # weights and gradients rounded to eight bits on the way
+B, H, T, S, K, R, V = 2, 3, 5, 7, 4, 2, 6
+SCALE = 0.3
+
+
+def drawn(seed):
+    rng = np.random.default_rng(seed)
+    shapes = [(B, H, T, K), (B, H, T, R), (B, H, S, K), (B, S, R), (B, H, S, V)]
+    arrays = [rng.normal(size=shape) for shape in shapes]
+    mask = rng.random((B, T, S)) < 0.6
+    mask[0, 2] = False  # a query without any key
+    return arrays, mask, rng.normal(size=(B, H, T, V))
+
+
+def by_hand(arrays, mask, given):
+    """(out, gradients of Σ out · given) in float64, one query at a time."""
+    q, q_rope, k, k_rope, v = arrays
+    out, grads = np.zeros(given.shape), [np.zeros_like(x) for x in arrays]
+    for b, h, t in np.ndindex(B, H, T):
+        logits = (k[b, h] @ q[b, h, t] + k_rope[b] @ q_rope[b, h, t]) * SCALE
+        logits = np.where(mask[b, t], logits, -1e30)
+        e = np.exp(logits - logits.max())
+        p = e / e.sum()
+        out[b, h, t] = p @ v[b, h]
+        slope = v[b, h] @ given[b, h, t]
+        d = np.where(mask[b, t], p * (slope - p @ slope), 0.0) * SCALE
+        grads[0][b, h, t] += d @ k[b, h]
+        grads[1][b, h, t] += d @ k_rope[b]
+        grads[2][b, h] += np.outer(d, q[b, h, t])
+        grads[3][b] += np.outer(d, q_rope[b, h, t])
+        grads[4][b, h] += np.outer(p, given[b, h, t])
+    return out, grads
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(jnp.float32, FLOAT32), (jnp.bfloat16, BFLOAT16)])
+def test_equations_and_gradients(dtype, close):
+    arrays, mask, given = drawn(0)
+    held = [jnp.asarray(x, dtype) for x in arrays]
+    wanted, gradients = by_hand([np.asarray(x, np.float64) for x in held], mask, given)
+
+    def loss(*arrays):
+        out = attend_rows(Operands(*arrays), mask, SCALE)
+        return (out.astype(jnp.float32) * given).sum(), out
+
+    (_, out), found = jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*held)
+    for got, want in zip((out, *found), (wanted, *gradients), strict=True):
+        assert got.dtype == dtype
+        scale = np.abs(want).max()
+        np.testing.assert_allclose(np.asarray(got, np.float64) / scale, want / scale, atol=close)
+
+
+def test_mla_naive_is_the_same_either_way(monkeypatch):
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    part = LatentPart(draw(B, T, 5), draw(B, T, R), jnp.asarray(rng.random((B, T, T)) < 0.6))
+    args = draw(B, T, H, K), draw(B, T, H, R), part, draw(5, H, K), draw(5, H, V)
+    whole = mla_naive(*args, scale=SCALE)
+    monkeypatch.setattr(attention, "MANY", 1)
+    called = []
+    monkeypatch.setattr(attention, "attend_rows", lambda *a: called.append(1) or attend_rows(*a))
+    np.testing.assert_allclose(mla_naive(*args, scale=SCALE), whole, rtol=FLOAT32, atol=FLOAT32)
+    assert called
+
+
+def test_who_attends_by_rows():
+    q, k = jnp.zeros((1, 256, 8, 1)), jnp.zeros((1, 256, 8, 1))
+    assert attention._by_rows(q, k, "cpu")
+    assert not attention._by_rows(q, k, "tpu")
+    assert not attention._by_rows(q[:, :64], k[:, :64], "cpu")
