@@ -1,62 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes of four devices each are one of eight."""
-
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+"""Who takes part in a run, and what a process answers that is alone."""
 
 import numpy as np
 import pytest
 
 from r1jax.parallel import hosts
 
-ROOT = Path(__file__).resolve().parents[2]
-# Other processes sum up in another order; two updates of Adam at a rate of 1e-3.
-FLOAT32 = 2e-5
+LAUNCH = hosts.Launch("a:1", 4, 3)
+ASKED = hosts.Launch(None, None, None)
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
 
 
-def test_alone_nothing_is_joined(monkeypatch):
-    for name in hosts.CLUSTERS:
-        monkeypatch.delenv(name, raising=False)
-    assert hosts.start() is False
-    with pytest.raises(ValueError, match="go together, got 'a:1', None, 0"):
-        hosts.start("a:1", process=0)
+@pytest.mark.parametrize(
+    ("flags", "environ", "launch"),
+    [
+        ((None, None, None), {}, None),
+        (("a:1", 4, 3), {}, LAUNCH),
+        (("a:1", 1, 0), {}, None),
+        ((None, None, None), SLURM, ASKED),
+        # A shell of a job, or a pod of Kubernetes, does not say that others run the same.
+        ((None, None, None), {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None),
+        ((None, None, None), SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ((None, None, None), {"KUBERNETES_SERVICE_HOST": "h"}, None),
+        (("auto", None, None), {"KUBERNETES_SERVICE_HOST": "h"}, ASKED),
+        ((None, None, None), {"OMPI_COMM_WORLD_SIZE": "2"}, ASKED),
+        ((None, None, None), {"TPU_WORKER_HOSTNAMES": "a,b"}, ASKED),
+        ((None, None, None), {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ((None, None, None), {"MEGASCALE_NUM_SLICES": "2"}, ASKED),
+        (("none", None, None), SLURM, None),
+        (("a:1", 4, 3), SLURM, LAUNCH),
+    ],
+)
+def test_who_takes_part(flags, environ, launch):
+    assert hosts.launched(*flags, environ=environ) == launch
 
 
-def test_rows_are_dealt_out_evenly(monkeypatch):
-    monkeypatch.setattr(hosts.jax, "process_count", lambda: 4)
-    monkeypatch.setattr(hosts.jax, "process_index", lambda: 2)
-    assert hosts.rows_of_host(8) == slice(4, 6)
-    with pytest.raises(ValueError, match="batch_size=6 must be divisible by the 4 processes"):
-        hosts.rows_of_host(6)
+def test_variables_stand_in_for_flags():
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    environ = dict(zip(names, ("a:1", "4", "0"), strict=True))
+    assert hosts.launched(None, None, 3, environ=environ) == LAUNCH
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID='x' must be a number"):
+        hosts.launched(None, None, None, environ=environ | {"JAX_PROCESS_ID": "x"})
 
 
-def run(processes, out):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={8 // processes}"
-    env = os.environ | dict(
-        XLA_FLAGS=f"{flags} --xla_backend_optimization_level=0", PYTHONPATH=str(ROOT)
-    )
-    script = [sys.executable, "-m", "tests.parallel.host_process", address, str(processes)]
-    started = [
-        subprocess.Popen(
-            [*script, str(i), str(out)], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
-        for i in range(processes)
-    ]
-    errors = [p.communicate(timeout=500)[1] for p in started]
-    assert [p.returncode for p in started] == [0] * processes, errors
-    with np.load(out) as found:
-        return [found[name] for name in found.files]
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((None, None, 0), "go together, got None, None, 0"),
+        (("a:1", None, 0), "go together, got 'a:1', None, 0"),
+        (("a:1", 4, 4), r"process lie in 0\.\.3, got 'a:1' and 4"),
+        (("a", 4, 0), "coordinator must be HOST:PORT"),
+        (("auto", 2, None), "are not given where the environment knows them"),
+    ],
+)
+def test_half_of_it_is_refused(flags, said):
+    with pytest.raises(ValueError, match=said):
+        hosts.launched(*flags, environ={})
 
 
-@pytest.mark.slow
-def test_two_processes_are_one(tmp_path):
-    """Each feeds its own rows; experts are dealt out over both."""
-    together, alone = run(2, tmp_path / "two.npz"), run(1, tmp_path / "one.npz")
-    for a, b in zip(together, alone, strict=True):
-        np.testing.assert_allclose(a, b, rtol=FLOAT32, atol=FLOAT32)
+def test_alone_everything_answers_at_once():
+    def wrong():
+        raise ValueError("no")
+
+    assert hosts.exchanged({"a": 1}) == [{"a": 1}]
+    assert hosts.by_first(lambda: 3) == 3
+    with pytest.raises(ValueError, match="no"):
+        hosts.by_first(wrong)
+    hosts.check_same([1], "it")
+    rows = np.arange(12.0).reshape(4, 3)
+    np.testing.assert_array_equal(hosts.own_rows(rows), np.arange(4))
+    np.testing.assert_array_equal(hosts.local_rows(rows, np.array([2, 0])), rows[[2, 0]])
+
+
+class Shard:
+    """A part of an array, as an array of several processes has them."""
+
+    def __init__(self, rows, replica_id):
+        self.index, self.replica_id = (rows, slice(None)), replica_id
+
+
+def test_each_row_is_of_one_process(monkeypatch):
+    """Rows of replica 0 alone, in whatever order devices hold them."""
+
+    class Array:
+        is_fully_addressable = False
+        addressable_shards = (Shard(slice(6, 8), 0), Shard(slice(0, 2), 0), Shard(slice(2, 4), 1))
+
+        def __len__(self):
+            return 8
+
+    monkeypatch.setattr(hosts.jax, "Array", Array)
+    np.testing.assert_array_equal(hosts.own_rows(Array()), [0, 1, 6, 7])
+    monkeypatch.setattr(Array, "addressable_shards", (Shard(slice(0, 8), 1),))
+    assert len(hosts.own_rows(Array())) == 0
