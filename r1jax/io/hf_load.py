@@ -243,7 +243,9 @@ class _Pieces:
                 continue
             local = np.ascontiguousarray(part[rest]).astype(self.dtype, copy=False)
             start = tuple(n - s.start for n, s in zip(at, lead, strict=True))
-            self.pieces[i] = (index, _written(piece, jax.device_put(local, piece.device), start))
+            with _alone(piece.device):
+                made = _written(piece, jax.device_put(local, piece.device), start)
+            self.pieces[i] = (index, made)
 
     def finish(self) -> jax.Array:
         """The whole array."""
@@ -251,6 +253,13 @@ class _Pieces:
             return self.pieces[0][1]
         local = [piece for _, piece in self.pieces]
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, local)
+
+
+def _alone(device: jax.Device) -> contextlib.AbstractContextManager:
+    """The mesh of one device, where a program for it is to run while a larger mesh is in force."""
+    if jax.sharding.get_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("device",)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -266,6 +275,14 @@ def _written(whole: jax.Array, part: jax.Array, start: tuple[Any, ...]) -> jax.A
         return jax.lax.dynamic_update_slice(whole, part, at)
     raw = [jax.lax.bitcast_convert_type(x, jnp.uint8) for x in (whole, part)]
     return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(*raw, at), E4M3)
+
+
+def lies(variable: nnx.Variable, shape: tuple[int, ...], mesh: jax.sharding.Mesh | None):
+    """Where a variable's array goes on a mesh, which is in force; None without."""
+    if mesh is None:
+        return None
+    axes = variable.get_metadata("out_sharding", None) or (None,) * len(shape)
+    return jax.NamedSharding(mesh, fitting(spec(*axes), shape, mesh))
 
 
 def fitting(wanted: Any, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> Any:

@@ -27,6 +27,7 @@ from r1jax.io.shards import MODEL, MTP, Draft, Shards, Source, read_json, write_
 from r1jax.nn.build import blank
 from r1jax.nn.param import filled, leaves
 from r1jax.ops.quant import BLOCK, BlockScaled
+from r1jax.parallel import hosts
 
 DEEPSEEK_V3_LAYERS = 61
 MARKER, WEIGHTS = "model.json", "weights"
@@ -78,7 +79,7 @@ def open_model(
     """
     path = Path(path)
     if (path / MARKER).is_file():
-        return _open_ours(path)
+        return _open_ours(path, mesh)
     source = open_source(path)
     cfg = read_config(source.config, where=str(path / "config.json"), ignore=ignore)
     tokenizer = _tokenizer(source, cfg)
@@ -121,7 +122,8 @@ def _fits(tokenizer: TextTokenizer, cfg: ModelConfig | DenseConfig, where: Path)
 
 
 def save_model(path: str | Path, model: Model) -> None:
-    """Writes a model folder of ours; it appears whole or not at all.
+    """Writes a model folder of ours; it appears whole or not at all. Of several processes each
+    writes the arrays that it holds.
 
     Raises:
         ValueError: something is there already, or it cannot be written.
@@ -139,6 +141,8 @@ def save_model(path: str | Path, model: Model) -> None:
             "hf_config": model.hf_config,
         }
         checkpoint.save(folder / WEIGHTS, 0, _tree(values), meta={"config": record["config"]})
+        if not hosts.is_first():
+            return
         if model.tokenizer is not None:
             model.tokenizer.save(folder)
         (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -157,13 +161,17 @@ def _tree(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: parts(v) if isinstance(v, BlockScaled) else v for k, v in values.items()}
 
 
-def _open_ours(path: Path) -> Model:
+def _open_ours(path: Path, mesh: jax.sharding.Mesh | None) -> Model:
     record = read_json(path / MARKER)
     try:
         cfg = _config(path, KINDS[record["kind"]], record["config"])
         scaled, dtypes = set(record["scaled"]), record["dtypes"]
-        shapes = {name: jax.tree.leaves(v)[0].shape for name, v in leaves(blank(cfg)).items()}
-        wanted = {name: jax.ShapeDtypeStruct(s, dtypes[name]) for name, s in shapes.items()}
+        empty = leaves(blank(cfg))
+        shapes = {name: jax.tree.leaves(v)[0].shape for name, v in empty.items()}
+        wanted = {
+            name: jax.ShapeDtypeStruct(s, dtypes[name], sharding=hf_load.lies(empty[name], s, mesh))
+            for name, s in shapes.items()
+        }
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / MARKER}: is damaged: {error!r}") from error
     layouts = {place.path: place.layout for place in places(cfg)}
@@ -171,7 +179,8 @@ def _open_ours(path: Path) -> Model:
         layout, shape = layouts[name], shapes[name]
         lead = shape[: len(shape) - len(layout.shape)]
         blocks = tuple(-(-n // BLOCK) for n in layout.matrix)
-        scale = jax.ShapeDtypeStruct(lead + blocks, jnp.float32)
+        everywhere = None if mesh is None else jax.NamedSharding(mesh, jax.P())
+        scale = jax.ShapeDtypeStruct(lead + blocks, jnp.float32, sharding=everywhere)
         wanted[name] = BlockScaled(wanted[name], scale, layout)
     tree = checkpoint.restore(path / WEIGHTS, 0, _tree(wanted))
     values = {k: BlockScaled(**v, layout=layouts[k]) if k in scaled else v for k, v in tree.items()}

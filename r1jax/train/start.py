@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -16,6 +17,7 @@ from r1jax.data.text import UNDATED, TextTokenizer
 from r1jax.io.model import Model, open_model, save_model
 from r1jax.nn.build import blank
 from r1jax.nn.param import RouterBias, filled, leaves
+from r1jax.parallel import hosts
 from r1jax.sharding import place
 from r1jax.train.sampler import Ending
 from r1jax.train.state import TrainState, laid
@@ -55,7 +57,8 @@ class Start:
 def open_start(
     cfg: StartConfig, *, check: Callable[[ModelConfig | DenseConfig], None] = lambda _: None
 ) -> Start:
-    """Opens the model of a config. It is read onto one device, on a mesh too, and laid out then.
+    """Opens the model of a config; on a mesh each device gets its part of a folder of weights. A
+    stage of a recipe's run is read onto one device, and laid out then.
 
     Args:
         check: refuses architectures that do not go with the run, before arrays are laid out.
@@ -64,7 +67,12 @@ def open_start(
         ValueError: there is none, or it has no tokenizer; or as `check`.
     """
     path = Path(cfg.path)
-    found = open_run(path) if is_run(path) else open_model(path, dtype="float32")
+    mesh = jax.sharding.get_mesh()
+    mesh = None if mesh.empty else mesh
+    if is_run(path):
+        found = open_run(path, mesh=mesh)
+    else:
+        found = open_model(path, dtype="float32", mesh=mesh)
     if found.tokenizer is None:
         raise ValueError(f"start.path={cfg.path}: has no tokenizer.json, so no text can be read")
     changes: dict[str, Any] = {"remat": cfg.remat, "fp8": cfg.fp8}
@@ -126,10 +134,11 @@ def save_reward_model(path: str | Path, start: Start, state: TrainState) -> None
     module = filled(blank(start.cfg), values)
     save_model(path, dataclasses.replace(start.model, module=module))
     head = {
-        "weight": np.asarray(trained.value_head[...]),
-        "bias": np.asarray(trained.value_bias[...]),
+        "weight": hosts.read(trained.value_head[...]),
+        "bias": hosts.read(trained.value_bias[...]),
     }
-    np.savez(Path(path) / VALUE_HEAD, **head)
+    if hosts.is_first():
+        np.savez(Path(path) / VALUE_HEAD, **head)
 
 
 def read_value_head(path: str | Path, *, field: str) -> Mapping[str, np.ndarray]:

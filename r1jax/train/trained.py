@@ -102,11 +102,12 @@ def habits_of(path: Path) -> Habits | None:
     return Habits(template, data.difficulty, longest, data.system, data.instruction)
 
 
-def open_run(path: Path) -> Model:
+def open_run(path: Path, *, mesh: jax.sharding.Mesh | None = None) -> Model:
     """The model that a run, or a stage of one, left.
 
     Args:
         path: RUN (of a recipe its `rl_2`) or RUN/STAGE, as `runs/quickstart/student_qwen2`.
+        mesh: as for `open_model`; of a recipe's run nothing is laid out.
 
     Raises:
         ValueError: no such stage, or it has not been finished; or as `config_of`.
@@ -119,7 +120,7 @@ def open_run(path: Path) -> Model:
         raise ValueError(f"{run} is a run of the trainer {cfg.trainer}: its model is {run / MODEL}")
     if not (run / MODEL).is_dir():
         raise ValueError(f"{run} has not been finished, so it has no model yet; run it on")
-    return open_model(run / MODEL)
+    return open_model(run / MODEL, mesh=mesh)
 
 
 def _stage(run: Path, stage: str, recipe: RecipeConfig) -> Model:

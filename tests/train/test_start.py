@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where completions begin and end, by the tokenizer and the chat template of a model."""
 
+import jax
+import numpy as np
 import pytest
 
+from r1jax.config import MeshConfig, StartConfig
 from r1jax.data.template import R1, parse
 from r1jax.data.text import TextTokenizer
 from r1jax.data.tokenizer import task_tokenizer
-from r1jax.io.model import Model
-from r1jax.train.start import ending_of
+from r1jax.io.model import Model, export_model, save_model
+from r1jax.nn.param import leaves
+from r1jax.parallel.mesh import entered
+from r1jax.train.start import ending_of, open_start
+from r1jax.train.trained import task_words
 from tests.nn import tiny
 from tests.train.tiny import VOCAB
 
@@ -45,3 +51,18 @@ def test_a_model_that_opens_its_thoughts_itself_is_read_as_it_writes():
 def test_the_text_is_without_its_end():
     assert decoded(ASKS, "<think> 1") == "<think> 1"
     assert decoded(None, "1") == "1"
+
+
+@pytest.mark.parametrize("write", [save_model, pytest.param(export_model, marks=pytest.mark.slow)])
+def test_a_start_is_the_same_on_a_mesh(tmp_path, write):
+    """A folder of ours, or of Hugging Face, whose parts go where the mesh wants them."""
+    write(tmp_path / "start", Model(CFG, tiny.model(CFG), task_words(R1)))
+    found = {}
+    for mesh in (MeshConfig(), MeshConfig(data=4, fsdp=2)):
+        with entered(mesh):
+            start = open_start(StartConfig(path=str(tmp_path / "start")))
+            model = leaves(start.state.model())
+            found[mesh.devices] = {name: np.asarray(v.get_value()) for name, v in model.items()}
+            spread = {len(v.get_value().sharding.device_set) for v in model.values()}
+            assert spread == {mesh.devices}
+    jax.tree.map(np.testing.assert_array_equal, found[1], found[8])
