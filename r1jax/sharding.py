@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
@@ -113,7 +114,38 @@ def place(tree: Any, where: Any) -> Any:
     Each process must have the whole arrays; it places its own part of them.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return tree if mesh.empty else jax.device_put(tree, where)
+    if mesh.empty:
+        return tree
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+    return jax.tree.map(
+        lambda x, s: _own_part(x, NamedSharding(jax.sharding.get_mesh(), s)), tree, where
+    )
+
+
+def _own_part(x: Any, where: NamedSharding) -> jax.Array:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, where, lambda part: whole[part])
+    if not x.sharding.is_equivalent_to(where, x.ndim):
+        return jax.jit(lambda x: x, out_shardings=where)(x)
+    # By the words of `where`: `jit` compiles anew for others that mean the same.
+    parts = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, where, parts)
+
+
+def fed(shape: tuple[int, ...], where: PartitionSpec, part: Callable[[Any], np.ndarray]) -> Any:
+    """An array of which each process makes what its devices hold; whole without a mesh.
+
+    Args:
+        shape: of all of it.
+        where: as for `place`.
+        part: from an index, a tuple of slices, to what lies there.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return part(tuple(slice(None) for _ in shape))
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, where), part)
 
 
 def kept(tree: Any, where: Any) -> Any:

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from r1jax.cli import interrupt, models, plan, rejection
-from r1jax.train.failure import StageFailed
+from r1jax.cli import interrupt, models, plan, rejection, together
+from r1jax.train.failure import Preempted, StageFailed
 
 # Programs and JAX are imported where they are called: `--help` and a wrong flag answer at once.
 
@@ -68,7 +68,7 @@ downloads nothing. It leaves in the output folder:
 
 The same in the open: r1jax train --config=configs/quickstart.py
 """
-_TRAIN = """\
+_TRAIN = f"""\
 Runs what a config file describes: the whole recipe (configs/quickstart.py), which leaves
 what quickstart leaves, or one trainer, sft, grpo, ppo, dpo or reward_model
 (configs/r1_zero_laptop.py and others), which leaves:
@@ -88,7 +88,8 @@ A field that does not exist, or a value of another type, is refused, and the fie
 near names are listed. All fields of a file, with their values:
 
   r1jax train --config=configs/r1_zero_laptop.py --help
-"""
+
+{together.HELP}"""
 _LEFT = (("report", "report.html"), ("curves", "curves.png"), ("model", "model"))
 
 
@@ -111,26 +112,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       the exit status.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    code, why = _outcome(sys.argv[1:] if argv is None else argv)
+    if together.several():
+        together.leave(code, why)
+    return code
+
+
+def _outcome(argv: Sequence[str]) -> tuple[int, str]:
+    """The exit status, and why the other processes of a run must end too, if they must."""
     try:
         args = _parse(argv)
         with interrupt.heard():
-            return _run(args)
-    except KeyboardInterrupt:
+            return _run(args), ""
+    except KeyboardInterrupt as error:
         resumes = argv[0] in ("quickstart", "train", rejection.VERB)
         _say("interrupted; the same command resumes" if resumes else "interrupted")
-        return INTERRUPTED
+        code = DONE if isinstance(error, Preempted) and together.several() else INTERRUPTED
+        # All stop together where the loop says what it saved.
+        return code, "" if str(error) else "interrupted"
     except ValueError as error:
         if not _ours(error):
             return _failed()
-        _say(f"error: {' '.join(str(error).split())}")
-        return WRONG
+        text = " ".join(str(error).split())
+        _say(f"error: {text}")
+        return WRONG, text
     except StageFailed as error:
         _say(f"failed: {error}")
-        return FAILED
+        return FAILED, str(error)
     except BrokenPipeError:  # the reader of stdout has seen enough
         sys.stdout = None
-        return DONE
+        return DONE, ""
     except Exception:  # the edge of the program: whatever went wrong is shown and becomes a status
         return _failed()
 
@@ -154,6 +165,7 @@ def _parser(fields: str = "") -> argparse.ArgumentParser:
     train = _add_run(verbs, "train", _TRAIN)
     train.epilog = fields
     train.add_argument("--config", required=True, metavar="FILE", help="the config file, a path")
+    together.add_flags(train)
     rejection.add_verb(functools.partial(_add_verb, verbs))
     models.add_verbs(functools.partial(_add_verb, verbs))
     plan.add_verb(functools.partial(_add_verb, verbs))
@@ -246,12 +258,32 @@ def _run(args: argparse.Namespace) -> int:
         overrides.apply(tree, [("seed", str(args.seed))])
     config = schema.from_config_dict(_schema_of(tree), tree)
     as_dict = schema.to_config_dict(config).to_dict()
+    if args.verb == "train" and together.join(args):
+        return _in_company(config, out, args)
     if not args.force and outdir.inspect(out, as_dict) == "finished":
         summary = read_summary(out)
         _say(f"{out} is finished, nothing to do; --force starts it anew")
     else:
         summary = _train(config, out, force=args.force)
     _show(summary, out, as_json=args.json)
+    return DONE
+
+
+def _in_company(config: Any, out: Path, args: argparse.Namespace) -> int:
+    """`train` as one of several processes, of which the first alone shows what happens."""
+    from r1jax import config as schema
+    from r1jax.parallel import hosts
+
+    if isinstance(config, schema.RecipeConfig):
+        raise ValueError(
+            f"{args.config} is the whole recipe, which runs in one process; a run of several is of "
+            "one trainer (configs/r1_stage1_671b.py), or give --coordinator=none"
+        )
+    said = [schema.to_config_dict(config).to_dict(), str(out.absolute()), args.force]
+    hosts.check_same(said, "the config, --out or --force")
+    summary = _train(config, out, force=args.force)
+    if hosts.is_first():
+        _show(summary, out, as_json=args.json)
     return DONE
 
 
@@ -271,10 +303,13 @@ def _schema_of(tree: Any) -> type:
 def _train(config: Any, out: Path, *, force: bool) -> dict[str, Any]:
     from r1jax import config as schema
     from r1jax.cli import display as displays
+    from r1jax.parallel import hosts
+    from r1jax.train.progress import Silent
     from r1jax.train.recipe import run
     from r1jax.train.runs import run_trainer
 
-    display = displays.open_display(sys.stderr)
+    shows = not together.several() or hosts.is_first()
+    display = displays.open_display(sys.stderr) if shows else Silent()
     log, handler = logging.getLogger("r1jax"), displays.LogToDisplay(display)
     log.addHandler(handler)
     try:
@@ -303,12 +338,15 @@ def _ours(error: BaseException) -> bool:
     return Path(frame).is_relative_to(Path(__file__).parents[1])
 
 
-def _failed() -> int:
-    traceback.print_exc()
+def _failed() -> tuple[int, str]:
     error = sys.exception()
-    _say(f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
-    return FAILED
+    if together.several():
+        together.settle()
+    traceback.print_exception(error)
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    _say(f"failed: {text}")
+    return FAILED, text
 
 
 def _say(text: str) -> None:
-    print(f"r1jax: {text}", file=sys.stderr)
+    print(f"r1jax: {together.name()}{text}", file=sys.stderr)

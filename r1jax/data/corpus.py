@@ -171,7 +171,15 @@ def left_padded(
 
 
 def batch_at(packed: Packed, step: int, *, batch_size: int, seed: int) -> dict[str, np.ndarray]:
-    """The batch of a step: a pure function of its arguments, so a resumed run sees the same data.
+    """The batch of a step, tokens, targets, positions, segments (int32) and mask (float32), each
+    [B, length]: the rows of `rows_at`."""
+    rows = rows_at(packed, step, batch_size=batch_size, seed=seed)
+    return {name: array[rows] for name, array in columns(packed).items()}
+
+
+def rows_at(packed: Packed, step: int, *, batch_size: int, seed: int) -> np.ndarray:
+    """Numbers of the rows of a step: a pure function of its arguments, so a resumed run sees the
+    same data, and so does each of several processes, whatever their number.
 
     Rows come in epochs, each shuffled anew; a batch may reach from one epoch into the next.
 
@@ -182,7 +190,7 @@ def batch_at(packed: Packed, step: int, *, batch_size: int, seed: int) -> dict[s
       seed: of the shuffles.
 
     Returns:
-      tokens, targets, positions, segments (int32) and mask (float32), each [B, length].
+      [B] int64.
     """
     places = step * batch_size + np.arange(batch_size)
     epochs, places = np.divmod(places, packed.rows)
@@ -190,12 +198,17 @@ def batch_at(packed: Packed, step: int, *, batch_size: int, seed: int) -> dict[s
     for epoch in np.unique(epochs).tolist():
         order = np.random.default_rng((seed, _BATCHES, epoch)).permutation(packed.rows)
         rows[epochs == epoch] = order[places[epochs == epoch]]
+    return rows
+
+
+def columns(packed: Packed) -> dict[str, np.ndarray]:
+    """What a batch has of each row, [N, length]."""
     return {
-        "tokens": packed.tokens_NT[rows],
-        "targets": packed.targets_NT[rows],
-        "positions": packed.positions_NT[rows],
-        "segments": packed.segments_NT[rows],
-        "mask": packed.mask_NT[rows],
+        "tokens": packed.tokens_NT,
+        "targets": packed.targets_NT,
+        "positions": packed.positions_NT,
+        "segments": packed.segments_NT,
+        "mask": packed.mask_NT,
     }
 
 

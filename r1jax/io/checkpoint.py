@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from r1jax.io.same_config import check_config, config_difference
+from r1jax.parallel import hosts
 
 _log = logging.getLogger(__name__)
 
@@ -63,14 +64,15 @@ def save(path: str | Path, step: int, tree: PyTree, *, meta: dict[str, Any], kee
         raise ValueError(
             f"{keep=} must be at least 1: a checkpoint that is deleted at once saves nothing"
         )
-    target = _free_folder(path, step)
+    # The first process has the last word on what is there: others may see it late.
+    target = Path(hosts.by_first(lambda: str(_free_folder(path, step))))
     tree = jax.tree.map(_to_host, tree)
     # JSON first: a value that cannot be written must fail before anything on disk is touched.
     record = json.loads(json.dumps({"meta": meta, "leaves": _leaf_table(tree)}, allow_nan=False))
     items = ocp.args.Composite(tree=ocp.args.PyTreeSave(tree), meta=ocp.args.JsonSave(record))
-    with ocp.Checkpointer(_handler()) as writer:
+    with hosts.awaiting("a checkpoint to be written"), ocp.Checkpointer(_handler()) as writer:
         writer.save(target, args=items)
-    if jax.process_index() == 0:
+    if hosts.is_first():
         _prune(Path(path), step, keep)
     return target
 
@@ -210,7 +212,7 @@ def _read(folder: Path, saved: Mapping[str, Any], abstract_tree: PyTree) -> PyTr
         )
     )
     try:
-        with ocp.Checkpointer(_handler()) as reader:
+        with hosts.awaiting("a checkpoint to be read"), ocp.Checkpointer(_handler()) as reader:
             tree = reader.restore(folder, args=items)["tree"]
     except Exception as error:  # as in _record
         raise ValueError(f"checkpoint {folder} cannot be read: {_first_line(error)}") from error

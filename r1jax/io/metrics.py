@@ -80,6 +80,21 @@ class MetricsWriter:
         self.close()
 
 
+class NoMetrics:
+    """A `MetricsWriter` of a process that has nothing to write: another writes for it."""
+
+    position = 0
+
+    def write(self, *, stage: str, step: int, **values: Any) -> None:
+        """Forgets the row."""
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
+
+
 def read(path: str | Path) -> list[dict[str, Any]]:
     """All rows of a metrics file, in order; a torn last line is left out.
 

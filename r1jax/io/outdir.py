@@ -19,6 +19,7 @@ are deleted.
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1jax.io.same_config import check_config
+from r1jax.parallel import hosts
 
 MARKER = "run.json"
 SUMMARY = "summary.json"
@@ -117,7 +119,8 @@ def held(out: str | Path, config: Mapping[str, Any], *, force: bool = False) -> 
     """`claim`s the folder, and keeps other processes from claiming it while the context lasts.
 
     The lock is the kernel's (flock): it is gone with its process, however that ends. On a file
-    system that has no locks there is none.
+    system that has no locks there is none. Of the several processes of a run the first holds it
+    for all; the folder must be one that all of them see.
 
     Args:
       as `claim`.
@@ -128,7 +131,18 @@ def held(out: str | Path, config: Mapping[str, Any], *, force: bool = False) -> 
     Raises:
       ValueError: as `claim`, or another process is at work in the folder.
     """
-    out = Path(out)
+    with contextlib.ExitStack() as stack:
+        one = functools.partial(_held, Path(out), config, force)
+        state = hosts.by_first(lambda: stack.enter_context(one()))
+        if not all(hosts.exchanged((Path(out) / MARKER).is_file())):
+            raise ValueError(
+                f"out={str(out)!r} is not the same folder on all machines; name one that they share"
+            )
+        yield state
+
+
+@contextlib.contextmanager
+def _held(out: Path, config: Mapping[str, Any], force: bool) -> Iterator[State]:
     if _found(out, config, force) == "finished":
         yield "finished"
         return

@@ -18,6 +18,8 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from r1jax.parallel import hosts
+
 # The stems of a folder's files. transformers opens the first's only, and calls a tensor that its
 # model has no place for unexpected: so a multi-token-prediction layer may lie apart.
 MODEL, MTP = "model", "mtp"
@@ -226,7 +228,8 @@ def free(path: Path) -> None:
 
 
 class Draft:
-    """A folder that appears under its final name whole, or not at all.
+    """A folder that appears under its final name whole, or not at all. Several processes that write
+    into it come here, and leave it, together; the first makes it.
 
         with Draft(path) as folder: ...
 
@@ -236,21 +239,27 @@ class Draft:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.folder = self.path.with_name(f".{self.path.name}.draft-{os.getpid()}")
 
     def __enter__(self) -> Path:
-        free(self.path)
-        try:
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise ValueError(f"{self.path}: cannot be written: {error.strerror}") from error
+        self.folder = Path(hosts.by_first(self._made))
         return self.folder
 
+    def _made(self) -> str:
+        free(self.path)
+        folder = self.path.with_name(f".{self.path.name}.draft-{os.getpid()}")
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be written: {error.strerror}") from error
+        return str(folder)
+
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        elif self.path.is_dir():
-            self.path.rmdir()  # it was empty
-            self.folder.rename(self.path)
+        if kind is None:
+            hosts.by_first(self._placed)
         else:
-            self.folder.rename(self.path)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _placed(self) -> None:
+        if self.path.is_dir():
+            self.path.rmdir()  # it was empty
+        self.folder.rename(self.path)

@@ -44,7 +44,7 @@ def make_mesh(
 
 
 def entered(cfg: MeshConfig, *, spare: int = 0) -> contextlib.AbstractContextManager:
-    """The mesh of a config in force; of one device there is none.
+    """The mesh of a config in force; of one device, and one process, there is none.
 
     Args:
         spare: devices behind those of the mesh that are left to others; what is left of them is
@@ -53,7 +53,7 @@ def entered(cfg: MeshConfig, *, spare: int = 0) -> contextlib.AbstractContextMan
     Raises:
         ValueError: as `make_mesh`.
     """
-    if cfg.devices == 1:
+    if cfg.devices == 1 and jax.process_count() == 1:
         return contextlib.nullcontext()
     devices = jax.devices()[: cfg.devices] if spare else None
     return jax.set_mesh(make_mesh(cfg, devices))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from r1jax.infer.decode import Prompt, empty_cache, light, positions_of, prefill, step
 from r1jax.infer.sample import Sample, sample
 from r1jax.nn.param import as_used, specs
-from r1jax.sharding import DECODING, automatic, kept, ruled, spec
+from r1jax.sharding import DECODING, automatic, constrain, kept, ruled, spec
 
 
 class Rollout(NamedTuple):
@@ -106,6 +106,20 @@ def layout() -> Rollout:
     return Rollout(spec(), spec(), rows, rows, rows, rows, row)
 
 
+def settled(made: Rollout) -> Rollout:
+    """A rollout, inside a program, laid out as `layout` says; rows that the mesh does not cut
+    evenly are whole everywhere."""
+
+    def whole(x):
+        return constrain(x, *(None,) * x.ndim)
+
+    def cut(x):
+        return constrain(x, "batch", *(None,) * (x.ndim - 1))
+
+    prompts = map(whole, (made.prompt_PS, made.prompt_valid_PS))
+    return Rollout(*prompts, *map(cut, made[2:]))
+
+
 def _rollout(
     model,
     prompt_PS,
@@ -139,9 +153,8 @@ def _rollout(
 
     with jax.named_scope("decode"):
         c = jax.lax.while_loop(go_on, body, start)
-    return Rollout(
-        prompt_PS, prompt_valid_PS, c["tokens"], c["mask"], c["logp"], c["behaviour"], c["done"]
-    )
+    by_row = (c[name] for name in ("tokens", "mask", "logp", "behaviour"))
+    return settled(Rollout(prompt_PS, prompt_valid_PS, *by_row, c["done"]))
 
 
 def _start(prompt: Prompt, rows: int, length: int, pad_id: int) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def training_questions(
         asked = _of_file(cfg, cfg.path, tokenizer, longest, progress)
 
         def checked(index: int, n: int, step: int) -> Asked:
-            return _picked(asked, shuffled(len(asked.ids), index * n, n, seed=seed))
+            return asked.at(shuffled(len(asked.ids), index * n, n, seed=seed))
 
     if not cfg.general:
         return checked
@@ -75,7 +75,7 @@ def mixed(
         taken = [i for i, k in enumerate(places) if rise(k, share)]
         first = math.floor(places[0] * share)
         chosen = shuffled(len(prompts.ids), first, len(taken), seed=seed)
-        for ours, theirs in zip(asked, _picked(prompts, chosen), strict=True):
+        for ours, theirs in zip(asked, prompts.at(chosen), strict=True):
             for i, x in zip(taken, theirs, strict=True):
                 ours[i] = x
         return asked
@@ -101,11 +101,7 @@ def heldout_questions(
         return Asked([], [], [])
     asked = _of_file(cfg, cfg.heldout, tokenizer, longest, progress)
     places = sorted(shuffled(len(asked.ids), 0, min(n, len(asked.ids)), seed=0))
-    return _picked(asked, places)
-
-
-def _picked(asked: Asked, places: Sequence[int]) -> Asked:
-    return Asked(*([field[i] for i in places] for field in asked))
+    return asked.at(places)
 
 
 def _of_task(
@@ -167,7 +163,7 @@ def _fitting(asked: Asked, path: str, longest: int, *, skip: bool, progress: Pro
     if not any(fits):
         raise ValueError(f"{path}: no prompt fits into sampling.prompt_length={longest}")
     progress.message(f"{path}: {fits.count(False)} prompts of more than {longest} tokens skipped")
-    return _picked(asked, [i for i, fit in enumerate(fits) if fit])
+    return asked.at([i for i, fit in enumerate(fits) if fit])
 
 
 def tell_unknown(

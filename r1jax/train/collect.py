@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The batch of a step: questions drawn, completions sampled, rewards judged."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from r1jax.config import GRPOConfig, PPOConfig
+from r1jax.parallel import hosts
 from r1jax.rl.advantages import informative_groups
-from r1jax.rl.rollout import Rollout
+from r1jax.rl.rollout import Rollout, settled
 from r1jax.train.judge import Judge, Verdict
 from r1jax.train.program import Ahead
 from r1jax.train.questions import Asked, Questions
-from r1jax.train.sampler import Sampler
+from r1jax.train.sampler import Completions, Sampler
 from r1jax.train.state import TrainState
 
 
@@ -78,7 +80,7 @@ class Collector:
     def judged(self, asked: Asked, rollouts: Sequence[Rollout], step: int, drawn: int) -> Collected:
         """What a step learns from the rollouts of the questions."""
         waiting = [
-            self.judge(step, part.repeated(self.cfg.group_size), self.sampler.read(rollout))
+            self._judged(step, part.repeated(self.cfg.group_size), self.sampler.read(rollout))
             for part, rollout in zip(self._parts(asked), rollouts, strict=True)
         ]
         verdicts = [wait() for wait in waiting]
@@ -88,6 +90,14 @@ class Collector:
     def _parts(self, asked: Asked) -> list[Asked]:
         size = self.cfg.prompts // self.cfg.pieces
         return [asked.part(i * size, (i + 1) * size) for i in range(self.cfg.pieces)]
+
+    def _judged(self, step: int, asked: Asked, done: Completions) -> Callable[[], Verdict]:
+        """Begins to judge the rows that are this process's; of all of them is what comes back."""
+        if done.rows is None or len(done.rows) == len(asked.ids):
+            wait = self.judge(step, asked, done)
+        else:
+            wait = self.judge(step, asked.at(done.rows), done)
+        return lambda: of_all(wait(), done.rows, len(asked.ids))
 
     def refilled(self, state: TrainState, step: int, drawn: int) -> Collected:
         """A batch of groups with contrast: dynamic sampling (DAPO, arXiv 2503.14476, section 3.2).
@@ -138,14 +148,48 @@ def joined(rollouts: Sequence[Rollout]) -> Rollout:
     """Rollouts one below the other; one alone stays where it is."""
     if len(rollouts) == 1:
         return rollouts[0]
+    if hosts.several():
+        return _joined(tuple(rollouts))
     return jax.tree.map(lambda *x: np.concatenate([np.asarray(a) for a in x]), *rollouts)
 
 
 def taken(rollout: Rollout, prompt_P: np.ndarray, row_B: np.ndarray) -> Rollout:
     """Some prompts of a rollout with their rows."""
+    if hosts.several():
+        return _taken(rollout, prompt_P, row_B)
     prompts = {"prompt_PS", "prompt_valid_PS"}
     fields = rollout._asdict().items()
     return Rollout(*(np.asarray(x)[prompt_P if name in prompts else row_B] for name, x in fields))
+
+
+@jax.jit
+def _joined(rollouts: tuple[Rollout, ...]) -> Rollout:
+    return settled(jax.tree.map(lambda *x: jnp.concatenate(x), *rollouts))
+
+
+@jax.jit
+def _taken(rollout: Rollout, prompt_P, row_B) -> Rollout:
+    prompts = (x[prompt_P] for x in rollout[:2])
+    return settled(Rollout(*prompts, *(x[row_B] for x in rollout[2:])))
+
+
+def of_all(mine: Verdict, rows: np.ndarray | None, total: int) -> Verdict:
+    """The verdict on all rows of what each process says of its own; `rows` are those."""
+    if not hosts.several():
+        return mine
+    shown = {k: (v, mine.counts.get(k, len(rows))) for k, v in mine.shown.items()}
+    said = hosts.exchanged([rows.tolist(), mine.reward_B.tolist(), shown])
+    reward_B = np.zeros(total, np.float32)
+    for places, rewards, _ in said:
+        reward_B[places] = rewards
+    names = dict.fromkeys(name for _, _, shown in said for name in shown)
+    of = {name: [shown[name] for _, _, shown in said if name in shown] for name in names}
+    return Verdict(reward_B, {name: _mean(found) for name, found in of.items()})
+
+
+def _mean(found: Sequence[tuple[float, int]]) -> float:
+    """Of means of so many each."""
+    return sum(mean * n for mean, n in found) / max(sum(n for _, n in found), 1)
 
 
 def mean_shown(verdicts: Sequence[Verdict]) -> dict[str, float]:

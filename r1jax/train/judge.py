@@ -5,7 +5,7 @@ A judge is asked twice: first with the completions, when workers begin; then its
 which waits for them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -31,10 +31,17 @@ from r1jax.train.sampler import Completions
 
 
 class Verdict(NamedTuple):
-    """Rewards [B] float32, and what the metrics tell of the completions beside them."""
+    """What a judge says of B completions.
+
+    Attributes:
+        reward_B: float32.
+        shown: means for the metrics.
+        counts: how many completions a mean is of, where it is not all of them.
+    """
 
     reward_B: np.ndarray
     shown: dict[str, float]
+    counts: Mapping[str, int] = {}
 
 
 class Judge(Protocol):
@@ -45,7 +52,8 @@ class Judge(Protocol):
 
 
 Score = Callable[[Asked, Completions], np.ndarray]
-"""The reward models' scores [B], a masked array: masked where none of them judges."""
+"""The reward models' scores [B] of the completions that have a text here, a masked array: masked
+where none of them judges."""
 
 Verify = Callable[[Sequence[Any], Sequence[str]], Callable[[], np.ndarray]]
 """(answers, completions) -> a function that waits and returns 1 where right, else 0."""
@@ -104,7 +112,8 @@ class Rules:
             # Before `model_from` there may be none.
             none_B = np.zeros(len(done.texts), np.float32)
             reward_B = combine([1.0, *weights], none_B, *given)
-            return Verdict(reward_B, shown | self._seen(done))
+            counts = {name: int(np.ma.count(x_B)) for name, x_B in parts.items()}
+            return Verdict(reward_B, shown | self._seen(done), counts)
 
         return verdict
 
@@ -141,6 +150,8 @@ class Rules:
         return found
 
     def _seen(self, done: Completions) -> dict[str, float]:
+        if not done.texts:  # all are other processes'
+            return {}
         reflecting = [reflects(self.reasoning(text)) for text in done.texts]
         return {
             "mean_tokens": float(done.tokens_B.mean()),

@@ -15,7 +15,9 @@ import numpy as np
 from flax import nnx
 
 from r1jax.io import checkpoint
-from r1jax.io.metrics import MetricsWriter
+from r1jax.io.metrics import MetricsWriter, NoMetrics
+from r1jax.parallel import hosts
+from r1jax.train.failure import Preempted
 from r1jax.train.progress import Progress
 
 
@@ -96,11 +98,17 @@ def run_stage(
 
     Everything that the next step depends on is in `carry` or is a function of `step`, so a resumed
     run is the uninterrupted one. `row()` gives the step's metrics; it is called, and waits for the
-    device, on every `log_every`-th step only.
+    device, on every `log_every`-th step only. Of several processes the first writes the metrics,
+    and all write each checkpoint, of a step that they agree on.
 
     Returns:
         (carry, seconds spent in this stage over all its runs).
+
+    Raises:
+        KeyboardInterrupt: after saving; on all processes, whichever was told to stop. Of SIGTERM it
+            is a `Preempted`.
     """
+    hosts.at(stage, 0, first=True)
     found = checkpoint.restore_latest(run.folder(stage), saved_form(carry), config=run.config)
     step, before, position = 0, 0.0, run.metrics_position
     if found is not None:
@@ -108,38 +116,54 @@ def run_stage(
         position = found.meta["metrics_position"]
         carry = restored(carry, found.tree)
         run.progress.message(f"{stage}: resumed at step {step}")
+    hosts.at(stage, step, first=True)
     run.progress.stage(stage, steps)
     begun = saved_at = time.monotonic()
     seconds = lambda: before + time.monotonic() - begun  # noqa: E731
 
-    with (
-        MetricsWriter(run.out / "metrics.jsonl", position=position) as metrics,
-        stop_between_steps() as stop,
-    ):
+    with open_metrics(run, position) as metrics, stop_between_steps() as stop:
         while step < steps:
             carry, row = step_fn(step, carry)
             step += 1
             if step % log_every == 0 or step == steps:
-                values = row()
+                values = {
+                    k: hosts.read(v) if isinstance(v, jax.Array) else v for k, v in row().items()
+                }
                 metrics.write(stage=stage, step=step, seconds=round(seconds(), 3), **values)
                 shown = {k: float(v) for k, v in values.items() if np.ndim(v) == 0}
                 run.progress.step(step, **shown)
-            due = time.monotonic() - saved_at > run.checkpoint_every
-            if (due and step < steps) or stop.asked:
+            hosts.at(stage, step)
+            due, told = agreed(time.monotonic() - saved_at > run.checkpoint_every, stop)
+            if (due and step < steps) or told:
                 meta = {"seconds": seconds(), "metrics_position": metrics.position}
                 meta["config"] = run.config
                 checkpoint.save(run.folder(stage), step, saved_form(carry), meta=meta)
                 saved_at = time.monotonic()
-            if stop.asked:
-                raise KeyboardInterrupt
+            if told:
+                raise told(f"{stage}: saved at step {step}")
         run.metrics_position = metrics.position
     return carry, seconds()
 
 
 class Stop:
-    """Whether an interruption was asked for."""
+    """Whether an interruption was asked for: `KeyboardInterrupt`, or `Preempted` by SIGTERM."""
 
-    asked = False
+    asked: type[KeyboardInterrupt] | None = None
+
+
+def agreed(due: bool, stop: Stop) -> tuple[bool, type[KeyboardInterrupt] | None]:
+    """(whether to save, whether to stop), the same on all processes at the end of a step: the first
+    has the clock, and whoever is told to stop stops all."""
+    kinds = (None, KeyboardInterrupt, Preempted)
+    said = hosts.exchanged([due, kinds.index(stop.asked)])
+    return said[0][0], kinds[max(kind for _, kind in said)]
+
+
+def open_metrics(run: Run, position: int) -> MetricsWriter | NoMetrics:
+    """The run's metrics, from a position on; of several processes the first writes them."""
+    if not hosts.is_first():
+        return NoMetrics()
+    return MetricsWriter(run.out / "metrics.jsonl", position=position)
 
 
 @contextlib.contextmanager
@@ -154,8 +178,8 @@ def stop_between_steps() -> Iterator[Stop]:
 
     def ask(number, frame):
         if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
+            raise stop.asked
+        stop.asked = Preempted if number == signal.SIGTERM else KeyboardInterrupt
 
     old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -9,13 +9,14 @@ import numpy as np
 
 from r1jax.config import REWARD_LOSSES, PairsConfig
 from r1jax.eval.score import reflects
+from r1jax.parallel import hosts
 from r1jax.rl.preference import mean_logp, summed_logp
 from r1jax.train.answers import Answers
 from r1jax.train.judge import Rules
 from r1jax.train.pairs import answer_logp, answer_scores
 from r1jax.train.program import program
 from r1jax.train.questions import Asked
-from r1jax.train.sampler import Sampler
+from r1jax.train.sampler import Completions, Sampler
 from r1jax.train.state import TrainState
 
 
@@ -33,8 +34,8 @@ def measure(
 
     A batch has as many rows as 8 questions need; the last is filled up with questions again.
     """
-    size = min(8, len(heldout.ids))
-    right, formed, tokens, greedy, reflecting = [], [], [], [], []
+    size, group = min(8, len(heldout.ids)), samples + 1
+    figures: list[list[float]] = []
     for number, begin in enumerate(range(0, len(heldout.ids), size)):
         part = heldout.part(begin, begin + size)
         count = len(part.ids)
@@ -42,22 +43,31 @@ def measure(
             part = Asked(*(a + b[: size - count] for a, b in zip(part, heldout, strict=True)))
         noise = (seed + 1, 2**31 + number)
         done = sampler(state, part.ids, noise, [temperature] * samples + [0.0])
-        right_B = judge.verify(part.repeated(samples + 1).answers, done.texts)()
-        right_PG = right_B.reshape(size, samples + 1)[:count]
-        right.append(right_PG[:, :-1])
-        greedy.append(right_PG[:, -1])
-        sampled = [b for b in range(count * (samples + 1)) if b % (samples + 1) < samples]
-        texts = [done.texts[b] for b in sampled]
-        tokens.append(done.tokens_B[sampled])
-        formed.append(judge.well_formed(texts))
-        reflecting += [reflects(judge.reasoning(text)) for text in texts]
+        figures += _judged(done, part.repeated(group), judge, count * group)
+    right_B, formed_B, tokens_B, reflecting_B, greedy_B = np.array(
+        [(*of, row % group == samples) for row, *of in figures]
+    ).T
+    sampled_B = greedy_B == 0
     return {
-        "pass_at_1": float(np.concatenate(right).mean()),
-        "greedy": float(np.concatenate(greedy).mean()),
-        "format_rate": float(np.concatenate(formed).mean()),
-        "mean_tokens": float(np.concatenate(tokens).mean()),
-        "reflection_rate": float(np.mean(reflecting)),
+        "pass_at_1": float(right_B[sampled_B].mean()),
+        "greedy": float(right_B[~sampled_B].mean()),
+        "format_rate": float(formed_B[sampled_B].mean()),
+        "mean_tokens": float(tokens_B[sampled_B].mean()),
+        "reflection_rate": float(reflecting_B[sampled_B].mean()),
     }
+
+
+def _judged(done: Completions, asked: Asked, judge: Rules, count: int) -> list[list[float]]:
+    """Row, right, well formed, tokens and reflecting of the first `count` rows; of several
+    processes each judges its own."""
+    rows = range(len(asked.ids)) if done.rows is None else done.rows.tolist()
+    right_B = judge.verify(asked.at(rows).answers, done.texts)()
+    formed_B = judge.well_formed(done.texts)
+    reflecting_B = [reflects(judge.reasoning(text)) for text in done.texts]
+    columns = (rows, right_B, formed_B, done.tokens_B, reflecting_B)
+    mine = [[float(x) for x in one] for one in zip(*columns, strict=True)]
+    said = [one for each in hosts.exchanged(mine) for one in each]
+    return sorted(one for one in said if one[0] < count)
 
 
 def pair_accuracy(state: TrainState, reference, rows: Answers, cfg: PairsConfig) -> float:
@@ -73,7 +83,7 @@ def pair_accuracy(state: TrainState, reference, rows: Answers, cfg: PairsConfig)
         places = np.arange(begin, begin + size)
         real = places < len(rows.tokens)
         batch = rows.rows(places % len(rows.tokens), real.astype(np.float32))
-        total += float((np.asarray(compare(state, reference, batch)) * real).sum())
+        total += float((hosts.read(compare(state, reference, batch)) * real).sum())
     return total / len(rows.tokens)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a policy is asked: prompts as text and as ids, with the answers that judges compare with."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 
@@ -21,6 +22,10 @@ class Asked(NamedTuple):
     def repeated(self, n: int) -> "Asked":
         """Each question `n` times in a row, as the samples of a group lie."""
         return Asked(*([x for x in field for _ in range(n)] for field in self))
+
+    def at(self, rows: Sequence[int]) -> "Asked":
+        """Some of the questions."""
+        return Asked(*([field[i] for i in rows] for field in self))
 
     def part(self, start: int, stop: int) -> "Asked":
         """The questions start … stop − 1."""

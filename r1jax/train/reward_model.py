@@ -13,6 +13,7 @@ from r1jax.data.datasets import General, general
 from r1jax.data.text import TextTokenizer
 from r1jax.io.outdir import MARKER
 from r1jax.nn.value import trunk_of, valued
+from r1jax.parallel import hosts
 from r1jax.rl.rollout import Rollout, rows_of
 from r1jax.train.forward import WHOLE, row_value
 from r1jax.train.judge import Score
@@ -49,7 +50,8 @@ def open_judges(reward: RewardConfig, data: QuestionData, tokenizer: TextTokeniz
 def open_scorer(
     path: str, tokenizer: TextTokenizer, *, field: str
 ) -> Callable[[Completions], np.ndarray]:
-    """The reward model of a folder as a function from completions to scores [B] float32.
+    """The reward model of a folder as a function from completions to scores [B] float32, of those
+    that have a text on this process.
 
     Args:
         path: of the model, or of the run that trained it.
@@ -72,7 +74,12 @@ def open_scorer(
     model.value_head = model.value_head.replace(jnp.asarray(head["weight"]))
     model.value_bias = model.value_bias.replace(jnp.asarray(head["bias"]))
     state, run = state_of(model), program(scores)
-    return lambda done: np.asarray(run(state, done.rollout))
+
+    def score(done: Completions) -> np.ndarray:
+        score_B = hosts.read(run(state, done.rollout))
+        return score_B if done.rows is None else score_B[done.rows]
+
+    return score
 
 
 def preferred(
@@ -88,7 +95,8 @@ def preferred(
     def score(asked: Asked, done: Completions) -> np.ndarray:
         kinds = np.array([kind_of(answer) for answer in asked.answers])
         score_B = np.ma.masked_all(len(kinds), np.float32)
-        for kind in scorers.keys() & {*kinds}:
+        here = set().union(*hosts.exchanged(sorted({*kinds})))
+        for kind in (kind for kind in scorers if kind in here):
             # All rows, for one compiled shape; those of its kind are kept.
             score_B[kinds == kind] = scorers[kind](done)[kinds == kind]
         return score_B

@@ -40,6 +40,7 @@ from r1jax.eval.curves import draw_curves
 from r1jax.eval.summary import read_summary, write_summary
 from r1jax.io import metrics, outdir
 from r1jax.nn.value import trunk_of, valued
+from r1jax.parallel import hosts
 from r1jax.parallel.mesh import entered
 from r1jax.train import answers, stages
 from r1jax.train.asked import heldout_questions, tell_unknown, training_questions
@@ -88,8 +89,8 @@ def run_trainer(
     """
     as_dict = to_config_dict(cfg).to_dict()
     run = Run(Path(out), as_dict, display or Silent(), cfg.checkpoint_every)
-    if not force and outdir.inspect(out, as_dict) == "finished":
-        return read_summary(out)
+    if not force and hosts.by_first(lambda: outdir.inspect(out, as_dict)) == "finished":
+        return hosts.by_first(lambda: read_summary(out))
     with entered(cfg.mesh, spare=_apart(cfg)):
         return _run_trainer(cfg, run, force)
 
@@ -121,9 +122,15 @@ def _run_trainer(cfg: RunConfig, run: Run, force: bool) -> Record:
         )
     with _trainer(cfg, run, start) as train, outdir.held(out, as_dict, force=force):
         records = train()
-        summary = write_summary(run.out, {"stages": records, "seed": cfg.seed, "config": as_dict})
-        draw_curves(run.out / "curves.png", metrics.read(run.out / "metrics.jsonl"), cfg.trainer)
-    return summary
+        left = {"stages": records, "seed": cfg.seed, "config": as_dict}
+
+        def leave_behind() -> Record:
+            summary = write_summary(run.out, left)
+            rows = metrics.read(run.out / "metrics.jsonl")
+            draw_curves(run.out / "curves.png", rows, cfg.trainer)
+            return summary
+
+        return hosts.by_first(leave_behind)
 
 
 def batch_of(cfg: RunConfig) -> tuple[int, int]:
@@ -340,7 +347,7 @@ def _record(name: str, state: TrainState, steps: int, seconds: float) -> Record:
 def _leave(run: Run, start: Start, state: TrainState, save=save_trained) -> None:
     """Writes OUT/model; one from before the last kill gives way."""
     folder = run.out / MODEL
-    shutil.rmtree(folder, ignore_errors=True)
+    hosts.by_first(lambda: shutil.rmtree(folder, ignore_errors=True))
     save(folder, start, state)
     run.progress.message(f"the model is in {folder}")
 

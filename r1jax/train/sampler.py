@@ -10,17 +10,26 @@ import numpy as np
 
 from r1jax.config import SamplingConfig
 from r1jax.data.corpus import left_padded
+from r1jax.parallel import hosts
 from r1jax.rl.rollout import Rollout, laid_out_rollout, rollout
 from r1jax.train.program import Ahead, program
 from r1jax.train.state import TrainState
 
 
 class Completions(NamedTuple):
-    """A rollout and its texts; row b belongs to prompt b // (B / P)."""
+    """A rollout of all processes, and the texts of the rows that are this one's to judge.
+
+    Attributes:
+        rollout: row b belongs to prompt b // (B / P).
+        texts: of this process's rows; alone it has all.
+        tokens_B: their lengths.
+        rows: their numbers; None: all.
+    """
 
     rollout: Rollout
     texts: list[str]
     tokens_B: np.ndarray
+    rows: np.ndarray | None = None
 
 
 class Ending(NamedTuple):
@@ -102,10 +111,11 @@ class Sampler:
 
     def read(self, drawn: Rollout) -> Completions:
         """The texts of a rollout."""
-        lengths_B = np.asarray(drawn.mask_BT).sum(-1).astype(np.int32)
-        rows = np.asarray(drawn.tokens_BT)
+        mine = hosts.own_rows(drawn.tokens_BT)
+        lengths_B = hosts.local_rows(drawn.mask_BT, mine).sum(-1).astype(np.int32)
+        rows = hosts.local_rows(drawn.tokens_BT, mine)
         ids = [row[:n].tolist() for row, n in zip(rows, lengths_B, strict=True)]
-        return Completions(drawn, [self.ending.decode(row) for row in ids], lengths_B)
+        return Completions(drawn, [self.ending.decode(row) for row in ids], lengths_B, mine)
 
     def __call__(
         self,

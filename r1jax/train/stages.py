@@ -22,8 +22,9 @@ from r1jax.data import corpus
 from r1jax.data.packing import Packed, example, pack
 from r1jax.data.template import prompt
 from r1jax.eval.score import score
+from r1jax.parallel import hosts
 from r1jax.rl.rollout import Rollout, layout
-from r1jax.sharding import place, placed_shape, spec
+from r1jax.sharding import fed, place, placed_shape, spec
 from r1jax.train.answers import Answers, answers_layout
 from r1jax.train.behind import Apart, Behind
 from r1jax.train.collect import Collector, InTurns
@@ -34,13 +35,13 @@ from r1jax.train.ppo import ActorCritic, compile_ppo, compile_shared_ppo, policy
 from r1jax.train.program import Ahead
 from r1jax.train.sampler import Sampler
 from r1jax.train.state import Controls, TrainState, restart
-from r1jax.train.supervised import compile_supervised, micro_batched
+from r1jax.train.supervised import Batch, compile_supervised
 from r1jax.train.words import Words
 
 
 def load_row(metrics: dict[str, Any]) -> dict[str, Any]:
     """Loads as shares of a layer's tokens, for the expert picture. Nothing for dense models."""
-    load_LE = np.asarray(metrics["load"])
+    load_LE = hosts.read(metrics["load"])
     if not load_LE.size:
         return {}
     share_LE = load_LE / np.maximum(load_LE.sum(-1, keepdims=True), 1.0)
@@ -64,13 +65,12 @@ def supervised(
     speed = model.moe.bias_update_speed if isinstance(model, ModelConfig) else 0.0
 
     def step_fn(step, carry):
-        batch = corpus.batch_at(packed, step, batch_size=cfg.batch_size, seed=seed)
+        rows = corpus.rows_at(packed, step, batch_size=cfg.batch_size, seed=seed)
         controls = Controls(
             np.float32(optim.learning_rate(cfg.optim, step, cfg.steps)),
             np.float32(speed if step < cfg.steps * (1 - cfg.bias_freeze) else 0.0),
         )
-        batch = micro_batched(batch, cfg.micro_batches)
-        batch = place(batch, {name: spec(None, "batch", "length") for name in batch})
+        batch = _fed(packed, rows.reshape(cfg.micro_batches, -1))
         new, metrics = step_jit(carry["state"], batch, controls)
 
         def row():
@@ -82,6 +82,16 @@ def supervised(
     carry = {"state": restart(state, optimizer)}
     carry, seconds = run_stage(run, stage, carry, step_fn, steps=cfg.steps, log_every=log_every)
     return carry["state"], seconds
+
+
+def _fed(packed: Packed, rows_MB: np.ndarray) -> Batch:
+    """Micro-batches [M, B, T] of these rows; each process reads those that its devices learn."""
+    where, shape = spec(None, "batch", "length"), (*rows_MB.shape, packed.tokens_NT.shape[1])
+
+    def one(array_NT: np.ndarray):
+        return fed(shape, where, lambda part: array_NT[rows_MB[part[:2]]][..., part[2]])
+
+    return {name: one(array_NT) for name, array_NT in corpus.columns(packed).items()}
 
 
 def grpo(
