@@ -35,5 +35,11 @@ def head(m: int, n: int) -> Iterator[Tiles]:
                 yield tm, tn
 
 
+def attention(length: int) -> Iterator[Tiles]:
+    """(queries, keys) of a block."""
+    sides = [n for n in (256, 512, 1024, 2048) if length % n == 0] or [length]
+    yield from ((queries, keys) for queries in sides for keys in sides)
+
+
 def _divisors(size: int, block: int, most: int) -> list[int]:
     return [t for t in range(block, min(size, most) + 1, block) if size % t == 0]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import candidates, chips, shapes
+from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_fprop
 from pallas_kernels.fp8_matmul import fp8_fprop
@@ -168,6 +169,45 @@ def head(shape: shapes.Head) -> Case:
     )
 
 
+def attention(shape: shapes.Attention) -> Case:
+    """Values [B · H · T, V] of rows of one document, beside whole logits by XLA."""
+    b, h, g, t, k, v = shape
+    j = h // g
+    widths = (b, j, g, t, k), (b, j, t, k), (b, j, t, v)
+    q, keys, values = (_normal(i, *size).astype(jnp.bfloat16) for i, size in enumerate(widths))
+    ones, scale = jnp.ones((b, t), jnp.int32), k**-0.5
+
+    def call(i):
+        how = dict(scale=scale, implementation=i)
+        return lambda *x: causal_attention(*x, **how).reshape(-1, v)
+
+    def whole(q, k, v, _):
+        s = jnp.einsum("bjgtk,bjsk->bjgts", q, k, preferred_element_type=jnp.float32) * scale
+        p = jax.nn.softmax(jnp.where(jnp.tri(t, dtype=bool), s, -jnp.inf), axis=-1)
+        return jnp.einsum("bjgts,bjsv->bjgtv", p.astype(v.dtype), v).reshape(-1, v.shape[-1])
+
+    few = min(t, CORNER)
+    one = [np.float64(x[0, 0]) for x in (keys, values)]
+    s = np.float64(q[0, 0, 0, :few]) @ one[0].T * scale
+    e = np.where(np.tri(few, t), np.exp(s - s.max(1, keepdims=True)), 0.0)
+    pairs = b * h * t * (t + 1) // 2
+    return Case(
+        arrays=(q, keys, values, ones),
+        call=call,
+        xla=whole,
+        xla_arrays=(q, keys, values, ones),
+        truth=(e / e.sum(1, keepdims=True) @ one[1])[:, :CORNER],
+        flops=2 * pairs * (k + v),
+        traffic=2 * b * t * (h * (k + v) + j * (k + v)),
+        bits=16,
+        tiles=(
+            "causal_attention",
+            dict(t=t, k=k, v=v, heads=h, shared=g),
+            tuple(candidates.attention(t)),
+        ),
+    )
+
+
 def decode(shape: shapes.Decode) -> Case:
     """Attention [B · T · H, C] over pages in random order, beside the plain form by XLA."""
     b, t, h, length, c, r = shape
@@ -213,6 +253,7 @@ OPS: dict[str, tuple[dict[str, Any], Callable[[Any], Case]]] = {
     "grouped_matmul": (shapes.GROUPED, grouped),
     "fp8_grouped_matmul": (shapes.GROUPED, fp8_grouped),
     "softmax_xent": (shapes.HEAD, head),
+    "causal_attention": (shapes.ATTENTION, attention),
     "mla_decode": (shapes.MLA_DECODE, decode),
 }
 

@@ -3,7 +3,9 @@
 
 Every public function of the package takes `implementation`:
 
-    None      the device's own kernel where it can, else "xla": the only choice that falls back
+    None      the device's own kernel where it can, else "xla": the only choice that falls back. The
+              device is the mesh's in force, which need not be there, or the default one; on a mesh
+              whose arrays XLA partitions it is "xla", for it cannot partition a kernel
     "xla"     the op's `ref.py`, plain jnp: any device, any block size
     "tpu"     Mosaic kernels, on a TPU
     "gpu"     Mosaic GPU kernels, on Hopper
@@ -79,8 +81,13 @@ def resolve(implementation: Implementation) -> Backend:
     platform, kind = chips.present()
     chip = chips.named(kind)
     if implementation is None:
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty and mesh.abstract_device is not None:
+            platform, kind = mesh.abstract_device.platform, mesh.abstract_device.device_kind
+            chip = chips.named(kind)
         own = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(platform)
-        name = own if own and chip else "xla"
+        whole = mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual
+        name = own if own and chip and whole else "xla"
         return Backend(name, (chip or chips.CPU).name, explicit=False)
     if implementation == "xla":
         return Backend("xla", (chip or chips.CPU).name)

@@ -21,6 +21,17 @@ class Grouped(NamedTuple):
     experts: int
 
 
+class Attention(NamedTuple):
+    """Causal attention of `batch` rows of `length` tokens; `shared` heads have the same keys."""
+
+    batch: int
+    heads: int
+    shared: int
+    length: int
+    key: int
+    value: int
+
+
 class Decode(NamedTuple):
     """Absorbed attention of `queries` tokens a row over a latent cache of `length` tokens a row."""
 
@@ -57,6 +68,12 @@ GROUPED = {
     "v3-down": Grouped(8 * TOKENS, 2048, 7168, 256),
     "v3-decode-up": Grouped(8 * 16, 7168, 2048, 256),
     "tiny": Grouped(96, 256, 128, 8),
+}
+ATTENTION = {
+    "v3-4k": Attention(1, 128, 1, 4096, 192, 128),
+    "v3-32k": Attention(1, 16, 1, 32_768, 192, 128),  # one of eight devices' heads
+    "qwen-1.5b-4k": Attention(4, 12, 6, 4096, 128, 128),
+    "tiny": Attention(2, 2, 1, 256, 192, 128),
 }
 MLA_DECODE = {
     "v3-4k": Decode(128, 1, 128, 4096, 512, 64),

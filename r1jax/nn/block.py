@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from r1jax.config import DenseConfig, ModelConfig
 from r1jax.nn.layers import RMSNorm
 from r1jax.nn.stats import RouterStats
+from r1jax.ops.attention import Causal
 from r1jax.sharding import constrain, gather, platform
 
 Entry = tuple[jax.Array, jax.Array]  # what an attention caches: (latent, key) or (key, value)
@@ -44,14 +45,14 @@ class Block(nnx.Module):
         self.feed_forward = feed_forward
 
     def __call__(
-        self, x_BTD: jax.Array, rotation, mask_BTS: jax.Array, valid_BT: jax.Array
+        self, x_BTD: jax.Array, rotation, sight: jax.Array | Causal, valid_BT: jax.Array
     ) -> tuple[jax.Array, tuple[Entry, RouterStats]]:
         x_BTD = checkpoint_name(x_BTD, "layer_input")
         with jax.named_scope("attention"):
             h_BTD = self.attention_norm(x_BTD)
             entry = checkpoint_name(self.attention.entry(h_BTD, rotation), "entry")
             keys = (gather(x, "batch", "length", *_rest(x), along="length") for x in entry)
-            part = self.attention.Part(*keys, mask_BTS)
+            part = self.attention.Part(*keys, sight)
             added_BTD = self.attention(h_BTD, rotation, part)
             x_BTD = x_BTD + checkpoint_name(added_BTD, "attention_out")
         x_BTD, stats = self._feed_forward(x_BTD, valid_BT)
@@ -89,11 +90,11 @@ class Block(nnx.Module):
         return constrain(x_BTD + y_BTD, "batch", "length", "embed"), stats
 
 
-def run(layers: Block, x_BTD, rotation, mask_BTS, valid_BT, *, cfg: ModelConfig | DenseConfig):
+def run(layers: Block, x_BTD, rotation, sight, valid_BT, *, cfg: ModelConfig | DenseConfig):
     """A stack of layers in full: (x_BTD, (entries [L, B, T, ...], RouterStats [L, ...]))."""
 
     def body(x, layer):
-        return layer(x, rotation, mask_BTS, valid_BT)
+        return layer(x, rotation, sight, valid_BT)
 
     return jax.lax.scan(remade(body, cfg), x_BTD, layers, unroll=cfg.scan_unroll)
 

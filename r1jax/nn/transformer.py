@@ -16,7 +16,7 @@ from r1jax.nn.mla import MLA, Rotation
 from r1jax.nn.moe import MoE
 from r1jax.nn.mtp import MTP
 from r1jax.nn.stats import RouterStats
-from r1jax.ops.attention import causal_mask
+from r1jax.ops.attention import Causal
 from r1jax.ops.rope import (
     inverse_frequencies,
     llama3_frequencies,
@@ -24,7 +24,7 @@ from r1jax.ops.rope import (
     yarn_frequencies,
     yarn_mscale,
 )
-from r1jax.sharding import gather, index, take, total
+from r1jax.sharding import count, gather, index, take, total
 
 
 class Output(NamedTuple):
@@ -118,9 +118,9 @@ class Transformer(nnx.Module):
         return self._second(hidden_BTD, next_BTD, positions_BT, segments_BT)
 
     def _second(self, hidden_BTD, next_BTD, positions_BT, segments_BT):
-        mask = mask_of(segments_BT)
+        sight = sight_of(segments_BT)
         x_BTD = self.mtp.joined(hidden_BTD, next_BTD)
-        how = (self.rotation(positions_BT), mask, segments_BT > 0)
+        how = (self.rotation(positions_BT), sight, segments_BT > 0)
         if self.cfg.remat:  # alone, a module would merge with its second computation: it is scanned
             one = jax.tree.map(lambda x: x[None], self.mtp.block)
             x_BTD, (_, stats) = run(one, x_BTD, *how, cfg=self.cfg)
@@ -155,10 +155,12 @@ def rotation_of(rope: RopeConfig, dim: int, positions_BT: jax.Array) -> Rotation
     return rotation(positions_BT, inv_freq, scale)
 
 
-def mask_of(segments_BT: jax.Array) -> jax.Array:
-    """[B, T, S]: what each query may attend to in its row, whole also where rows are cut."""
+def sight_of(segments_BT: jax.Array) -> Causal:
+    """What each query may attend to in its row, whole also where rows are cut."""
+    if count("length") == 1:
+        return Causal.of(segments_BT)
     keys_BS = gather(segments_BT, "batch", "length", along="length")
-    return causal_mask(segments_BT, keys_BS, start=index("length") * segments_BT.shape[1])
+    return Causal.of(segments_BT, keys_BS, start=index("length") * segments_BT.shape[1])
 
 
 def forward(model, tokens_BT, positions_BT, segments_BT) -> Output:
@@ -168,11 +170,11 @@ def forward(model, tokens_BT, positions_BT, segments_BT) -> Output:
 
 def decoded(model, x_BTD: jax.Array, positions_BT, segments_BT) -> Output:
     """`forward` of tokens that have been embedded."""
-    mask_BTS, valid_BT = mask_of(segments_BT), segments_BT > 0
+    sight, valid_BT = sight_of(segments_BT), segments_BT > 0
     turn = model.rotation(positions_BT)
     entries, stats = [], None
     for layers in model.stacks():
-        x_BTD, (entry, stats) = run(layers, x_BTD, turn, mask_BTS, valid_BT, cfg=model.cfg)
+        x_BTD, (entry, stats) = run(layers, x_BTD, turn, sight, valid_BT, cfg=model.cfg)
         entries.append(entry)
     stats = stats._replace(load=total(stats.load, "batch", "length"))
     return Output(model.norm(x_BTD), tuple(entries), stats)

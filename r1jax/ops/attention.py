@@ -5,8 +5,9 @@ Every function takes its keys as *parts*: arrays whose batch either equals the q
 divides it, in which case a part's row p serves the queries of rows p·G … p·G + G − 1. So the G
 samples of one prompt attend to one copy of the prompt's cache.
 
-From `LONG` query-key pairs on one part is attended to block by block (`ops.blockwise`): the same in
-exact arithmetic, but for queries that may attend to no key.
+From `LONG` query-key pairs on one part is attended to block by block, on TPUs by a kernel
+(`pallas_kernels.causal_attention`): the same in exact arithmetic, but for queries that may attend
+to no key.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from r1jax.ops.blockwise import attend
+from pallas_kernels.causal_attention import causal_attention, causal_mask
+from pallas_kernels.causal_attention.ref import attend
 from r1jax.ops.linear import FP8, linear
 from r1jax.ops.rowwise import Operands, attend_rows
 
@@ -23,42 +25,63 @@ MANY = 2**18  # logits of a row, all heads: from here on a CPU is faster a row a
 NEG = -1e30  # finite: a query without any key gets uniform weights, not NaN
 
 
+class Causal(NamedTuple):
+    """Attention to one's own document, as far as one has come, in place of a mask: kernels go by
+    the segments.
+
+    Attributes:
+        mask_BTS: [B, T, S] the same as a mask.
+        segments_BT: [B, T] segments of the queries, 0 is padding.
+        keys_BS: [B, S] those of the keys; None: the queries' own.
+        start: key that the first query is.
+    """
+
+    mask_BTS: jax.Array
+    segments_BT: jax.Array
+    keys_BS: jax.Array | None
+    start: jax.Array | int
+
+    @classmethod
+    def of(cls, segments_BT, keys_BS=None, *, start: jax.Array | int = 0) -> "Causal":
+        """With the mask of `causal_mask`, which nothing computes unless it is asked for."""
+        mask_BTS = causal_mask(segments_BT, keys_BS, start=start)
+        return cls(mask_BTS, segments_BT, keys_BS, start)
+
+
 class LatentPart(NamedTuple):
     """Latents of one stretch of keys: what MLA caches, C + R = 576 values a token in V3.
 
     Attributes:
         c_PSC: [P, S, C] normalised compressed key-value latents.
         k_rope_PSR: [P, S, R] rotated decoupled keys, shared by all heads.
-        mask_BTS: [B, T, S] True where query t of row b may attend to key s.
+        sight: [B, T, S] mask, True where query t of row b may attend to key s; or `Causal`.
     """
 
     c_PSC: jax.Array
     k_rope_PSR: jax.Array
-    mask_BTS: jax.Array
+    sight: jax.Array | Causal
+
+    @property
+    def mask_BTS(self) -> jax.Array:
+        """The mask."""
+        return _mask(self.sight)
 
 
 class KVPart(NamedTuple):
-    """Keys and values of one stretch: k_PSJK, v_PSJK [P, S, J kv heads, K] and mask_BTS."""
+    """Keys and values of one stretch, k_PSJK, v_PSJK [P, S, J kv heads, K]; `sight` as above."""
 
     k_PSJK: jax.Array
     v_PSJK: jax.Array
-    mask_BTS: jax.Array
+    sight: jax.Array | Causal
+
+    @property
+    def mask_BTS(self) -> jax.Array:
+        """The mask."""
+        return _mask(self.sight)
 
 
-def causal_mask(
-    segments_BT: jax.Array, keys_BS: jax.Array | None = None, *, start: jax.Array | int = 0
-) -> jax.Array:
-    """[B, T, S] mask: key not after the query, in the same segment; segment 0 is padding.
-
-    Args:
-        segments_BT: [B, T] segments of the queries.
-        keys_BS: [B, S] those of the keys; the queries' own if not given.
-        start: key that the first query is.
-    """
-    keys_BS = segments_BT if keys_BS is None else keys_BS
-    query_T, key_S = start + jnp.arange(segments_BT.shape[1]), jnp.arange(keys_BS.shape[1])
-    same = segments_BT[:, :, None] == keys_BS[:, None, :]
-    return (key_S <= query_T[:, None]) & same & (keys_BS > 0)[:, None, :]
+def _mask(sight: jax.Array | Causal) -> jax.Array:
+    return sight.mask_BTS if isinstance(sight, Causal) else sight
 
 
 def mla_naive(
@@ -102,7 +125,8 @@ def mla_naive(
     q_BTHK = jnp.concatenate([q_nope_BTHK, q_rope_BTHR], -1)
     k_BSHK = jnp.concatenate([k_BSHK, shared_BSHR], -1)
     if _long((part,), q_BTHK):
-        out = attend(heads(q_BTHK)[:, :, None], heads(k_BSHK), heads(v_BSHV), part.mask_BTS, scale)
+        q_BH1TK = heads(q_BTHK)[:, :, None]
+        out = _by_block(q_BH1TK, heads(k_BSHK), heads(v_BSHV), part.sight, scale)
         return jnp.moveaxis(out[:, :, 0], 2, 1)
     logits = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     weights = _softmax(logits * scale, part.mask_BTS[:, None]).astype(dtype)
@@ -131,9 +155,8 @@ def mla_absorbed(
         (part,) = parts
         q_BHTE = jnp.moveaxis(jnp.concatenate([q_BTHC, q_rope_BTHR], -1), 1, 2)
         k_BSE = jnp.concatenate([part.c_PSC, part.k_rope_PSR], -1)
-        mean_BHTC = attend(
-            q_BHTE[:, None], k_BSE[:, None], part.c_PSC[:, None], part.mask_BTS, scale
-        )[:, 0]
+        operands = q_BHTE[:, None], k_BSE[:, None], part.c_PSC[:, None]
+        mean_BHTC = _by_block(*operands, part.sight, scale)[:, 0]
         return jnp.einsum("bhtc,chv->bthv", mean_BHTC, w_uv_CHV.astype(dtype))
     b, t, h, _ = q_BTHC.shape
     logits, masks = [], []
@@ -176,7 +199,7 @@ def gqa(q_BTHK: jax.Array, parts: tuple[KVPart, ...], *, scale: float) -> jax.Ar
     if _long(parts, q_BTHK):
         (part,) = parts
         keys, values = jnp.moveaxis(part.k_PSJK, 1, 2), jnp.moveaxis(part.v_PSJK, 1, 2)
-        out = attend(jnp.moveaxis(q, 1, 3), keys, values, part.mask_BTS, scale)
+        out = _by_block(jnp.moveaxis(q, 1, 3), keys, values, part.sight, scale)
         return jnp.moveaxis(out, 3, 1).reshape(q_BTHK.shape)
     logits, masks = [], []
     for part in parts:
@@ -203,6 +226,15 @@ def _long(parts: tuple[LatentPart | KVPart, ...], q_BTHK: jax.Array) -> bool:
     mask_BTS = parts[0].mask_BTS
     one = len(parts) == 1 and parts[0][0].shape[0] == q_BTHK.shape[0]
     return one and mask_BTS.shape[1] * mask_BTS.shape[2] >= LONG and mask_BTS.shape[1] > 16
+
+
+def _by_block(q_BJGTK, k_BJSK, v_BJSV, sight: jax.Array | Causal, scale: float) -> jax.Array:
+    """[B, J, G, T, V] attention that never holds whole logits."""
+    if not isinstance(sight, Causal):
+        return attend(q_BJGTK, k_BJSK, v_BJSV, sight, scale)
+    return causal_attention(
+        q_BJGTK, k_BJSK, v_BJSV, sight.segments_BT, sight.keys_BS, start=sight.start, scale=scale
+    )
 
 
 def _by_rows(q_BTHK: jax.Array, k_BSHK: jax.Array, backend: str) -> bool:

@@ -41,23 +41,14 @@ def token_logp(
         return _whole(hidden_BTD, head_DN, targets_BT, temperature)
     tile = None if chunk is None else (chunk, COLUMNS)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    # The compiler shares out plain products, not kernels, among the devices of a mesh.
-    implementation = None if mesh.empty or mesh.are_all_axes_manual else "xla"
-
     def tiled(hidden_BTD, head_DN, targets_BT, temperature):
         logp_BT, entropy_BT = softmax_xent(
-            hidden_BTD,
-            head_DN,
-            targets_BT,
-            temperature=temperature,
-            tile=tile,
-            implementation=implementation,
+            hidden_BTD, head_DN, targets_BT, temperature=temperature, tile=tile
         )
         return logp_BT, jax.lax.stop_gradient(entropy_BT)
 
     arrays = hidden_BTD, head_DN, targets_BT, jnp.asarray(temperature, jnp.float32)
-    if not mesh.are_all_axes_explicit:
+    if not jax.sharding.get_abstract_mesh().are_all_axes_explicit:
         return tiled(*arrays)
     # Which slice of the vocabulary lies where is the compiler's to decide.
     like_targets = jax.typeof(targets_BT).sharding

@@ -14,6 +14,9 @@ _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _ESTIMATE = re.compile(r'"cost_estimate":(\{[^{}]*\})')
 _GROUPS = re.compile(r'"is_ragged_dot":true,"num_groups_in_ragged_dot":"(\d+)"')
+_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)_")
+# Products of a kernel of attention: so many as wide as a key, so many as wide as a value.
+_PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
 _GEMM = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 
 
@@ -46,6 +49,40 @@ def kernel(instruction: Instruction) -> bool:
 def ragged_kernel(instruction: Instruction) -> bool:
     """Whether it is XLA:TPU's own kernel for ragged products, which states the cost of all rows."""
     return kernel(instruction) and instruction.name.startswith("ragged-dot")
+
+
+def read_again(instruction: Instruction, operands: tuple[Array, ...]) -> float:
+    """Bytes that JAX's splash attention reads beyond reading each operand once.
+
+    Its blocks of keys and values are read for every block of queries that may see them; for the
+    gradient of keys and values it is the other way round.
+    """
+    found = _SPLASH.search(instruction.name)
+    if not kernel(instruction) or not found:
+        return 0.0
+    blocks, (q, k, v) = operands[0].dims[-2:], operands[2:5]
+    visits, backwards = _visits(*blocks), found.group(1) == "dkv"
+    fixed = blocks[1] if backwards else blocks[0]
+    moving = (q, operands[8]) if backwards else (k, v)
+    return max(visits / fixed - 1.0, 0.0) * sum(a.bytes for a in moving) * _shared(q, k, backwards)
+
+
+def _shared(q: Array, k: Array, backwards: bool) -> float:
+    """Query heads that read the same keys."""
+    return 1.0 if backwards else q.size / k.size
+
+
+def _visits(queries: int, keys: int) -> int:
+    """Pairs of a causal mask's blocks that hold a query and a key not behind it."""
+    return sum(-(-(i + 1) * keys // queries) for i in range(queries))
+
+
+def _splash(which: str, operands: tuple[Array, ...]) -> float:
+    """Of one kernel of JAX's splash attention: masks of blocks, a table, q, k, v come first."""
+    (queries, keys), (q, k, v) = operands[0].dims[-2:], operands[2:5]
+    wide = sum(n * a.dims[-1] for n, a in zip(_PRODUCTS[which], (k, v), strict=True))
+    rows, length = q.size // q.dims[-1], k.dims[-2]
+    return 2.0 * rows * length * wide * _visits(queries, keys) / (queries * keys)
 
 
 def _dot(out: Array, left: Array, contracting: tuple[int, ...]) -> float:
@@ -96,7 +133,9 @@ def _pairs(size: int, kernel: int, out: int, how: tuple) -> int:
 
 
 def _library(instruction: Instruction, operands: tuple[Array, ...]) -> float:
-    """A kernel that states its cost, or a matrix product of a vendor's library."""
+    """A kernel that states its cost or is known, or a matrix product of a vendor's library."""
+    if kernel(instruction) and (found := _SPLASH.search(instruction.name)):
+        return _splash(found.group(1), operands)
     estimate = _ESTIMATE.search(instruction.attributes)
     if estimate:
         return float(json.loads(estimate.group(1)).get("flops", 0))

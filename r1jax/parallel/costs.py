@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from r1jax.parallel.arithmetic import flops, kernel, ragged_groups, ragged_kernel
+from r1jax.parallel.arithmetic import flops, kernel, ragged_groups, ragged_kernel, read_again
 from r1jax.parallel.groups import Groups, groups
 from r1jax.parallel.hlo import Array, Computation, Instruction, Program
 from r1jax.parallel.loops import Place, bound, trips
@@ -154,6 +154,7 @@ def _costs(program: Program, place: Place, times: float, rules: Rules, fused: fl
                 total.collectives.append(_collective(kind, one, operands, times, rules))
         if not fused:
             total.traffic += times * traffic(program, place.computation, one)
+            total.traffic += times * read_again(one, operands)
     return total
 
 

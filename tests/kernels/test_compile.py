@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import Backend, scaled, shapes
+from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.fp8_grouped_matmul import (
     fp8_grouped_dgrad,
     fp8_grouped_fprop,
@@ -39,7 +40,7 @@ def report(name, chip, call, arguments, *, kernels):
         f"{sorted(got.vmem_limits)} MiB"
     )
     assert got.kernels == kernels
-    assert max(got.vmem_limits) <= Backend("tpu", chip).device.on_chip / 2**20
+    assert max(got.vmem_limits, default=0.0) <= Backend("tpu", chip).device.on_chip / 2**20
 
 
 def sizes(experts):
@@ -126,3 +127,18 @@ def test_fp8_grouped_layer(chip, name, block):
     arguments = (((m, k), BF16), ((experts, k, n), F32), ((m, n), BF16), sizes(experts))
     name = f"fp8_grouped_linear {name} of {experts} {block}"
     report(name, chip, both_ways(layer), arguments, kernels=6)
+
+
+@pytest.mark.parametrize("name", ["v3-4k", "v3-32k", "qwen-1.5b-4k"])
+def test_causal_attention(chip, name):
+    b, h, g, t, k, v = shapes.ATTENTION[name]
+    j = h // g
+
+    def call(q, keys, values, segments, given):
+        how = dict(scale=k**-0.5, implementation=Backend("tpu", chip))
+        out, pull = jax.vjp(lambda *x: causal_attention(*x, segments, **how), q, keys, values)
+        return out, pull(given)
+
+    query, result = ((b, j, g, t, k), BF16), ((b, j, g, t, v), BF16)
+    arguments = (query, ((b, j, t, k), BF16), ((b, j, t, v), BF16), ((b, t), jnp.int32), result)
+    report(f"causal_attention {name}", chip, call, arguments, kernels=3)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choosing an implementation: an explicit one is never replaced, the device's own may be."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import Backend, Unsupported, chips, dispatch, tuning
@@ -20,6 +22,36 @@ def test_the_devices_own_choice_falls_back_to_xla(monkeypatch):
     monkeypatch.setattr(chips, "present", lambda: ("tpu", "TPU v5 lite"))
     assert dispatch.resolve(None).name == "tpu"
     assert dispatch.run(None, refuse_kernels) == Backend("xla", chip="v5e")
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes", "chosen"),
+    [
+        ("TPU v5", "manual", Backend("tpu", chip="v5p", explicit=False)),
+        ("TPU v5", "auto", Backend("xla", chip="v5p", explicit=False)),
+        ("cpu", "manual", Backend("xla", chip="cpu", explicit=False)),
+    ],
+)
+def test_the_device_is_the_meshs_where_a_program_sees_its_own_piece(kind, axes, chosen):
+    """A mesh of chips that are not there, as programs are planned for."""
+    device = jax.sharding.AbstractDevice(
+        device_kind=kind, num_cores=None, platform="cpu" if kind == "cpu" else "tpu"
+    )
+    types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((4,), ("x",), axis_types=types, abstract_device=device)
+    found = []
+
+    def look(x):
+        found.append(dispatch.resolve(None))
+        return x
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        spec = jax.P("x")
+        call = look
+        if axes == "manual":
+            call = jax.shard_map(look, in_specs=spec, out_specs=spec)
+        jax.eval_shape(call, jax.ShapeDtypeStruct((8,), jnp.float32))
+    assert found[-1] == chosen
 
 
 def test_an_explicit_choice_does_not(monkeypatch):

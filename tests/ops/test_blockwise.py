@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.ops import attention, blockwise
+from pallas_kernels.causal_attention import ref as blockwise
+from r1jax.ops import attention
 from r1jax.ops.attention import KVPart, LatentPart, causal_mask, gqa, mla_absorbed, mla_naive
 
 FLOAT32 = 2e-5  # sums of up to 600 products of order 1, taken in another order, against the largest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact attention a block of queries and keys at a time, so that no [T, S] logits are ever whole.
+"""Exact attention under any mask, block by block of queries and keys: no logits [T, S] are whole.
 
 The softmax runs along the keys with a running maximum and sum (Milakov and Gimelshein 2018, arXiv
 1805.02867); the gradient makes each block again from the log-sum-exp (FlashAttention-2, arXiv
@@ -24,6 +24,22 @@ class _Blocks(NamedTuple):
     k_BJSK: jax.Array
     v_BJSV: jax.Array
     mask_nBtS: jax.Array
+
+
+def causal_mask(
+    segments_BT: jax.Array, keys_BS: jax.Array | None = None, *, start: jax.Array | int = 0
+) -> jax.Array:
+    """[B, T, S] mask: key not after the query, in the same segment; segment 0 is padding.
+
+    Args:
+        segments_BT: [B, T] segments of the queries.
+        keys_BS: [B, S] those of the keys; the queries' own if not given.
+        start: key that the first query is.
+    """
+    keys_BS = segments_BT if keys_BS is None else keys_BS
+    query_T, key_S = start + jnp.arange(segments_BT.shape[1]), jnp.arange(keys_BS.shape[1])
+    same = segments_BT[:, :, None] == keys_BS[:, None, :]
+    return (key_S <= query_T[:, None]) & same & (keys_BS > 0)[:, None, :]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
