@@ -6,6 +6,7 @@ Syntax alone; what an instruction costs is said in `r1jax.parallel.costs`.
 
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -119,7 +120,7 @@ def parse(text: str) -> Program:
         ValueError: there is no entry computation in it.
     """
     computations, entry, current = {}, None, None
-    for line in text.splitlines():
+    for line in _lines(text):
         if current is None:
             header = _HEADER.match(line)
             if header:
@@ -135,6 +136,18 @@ def parse(text: str) -> Program:
     if entry is None or entry not in computations:
         raise ValueError("the text is no compiled XLA program: it has no ENTRY computation")
     return Program(computations, entry)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines, those that a kernel's metadata breaks put together again."""
+    whole = ""
+    for line in text.splitlines():
+        if whole and not line.startswith(('"', "}}")):
+            yield whole
+            whole = ""
+        whole += line
+    if whole:
+        yield whole
 
 
 def arrays_of(shape: str) -> tuple[Array, ...]:

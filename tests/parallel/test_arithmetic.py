@@ -12,7 +12,9 @@ ENTRY %main (a.1: s8[1,2,2], a.3: bf16[3,8,1024,192], a.5: bf16[3,8,1024,128], a
   %a.6 = s32[1024,128]{1,0} parameter(3)
   %a.7 = s32[8,1024]{1,0} parameter(4)
   %a.8 = f32[8,8,1024]{2,1,0} parameter(5)
-  %splash_mha_fwd_segmented_residuals.1 = (bf16[3,8,1024,128]{3,2,1,0}, f32[8,1024,128]{2,1,0}) custom-call(%a.1, %a.1, %a.3, %a.3, %a.5, /*index=5*/%a.6, %a.7, %a.6), custom_call_target="tpu_custom_call", backend_config={}
+  %splash_mha_fwd_segmented_residuals.1 = (bf16[3,8,1024,128]{3,2,1,0}, f32[8,1024,128]{2,1,0}) custom-call(%a.1, %a.1, %a.3, %a.3, %a.5, /*index=5*/%a.6, %a.7, %a.6), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512, \\"block_kv\\": 512}"
+}}, backend_config={}
   %splash_mha_dq_segmented_no_residuals.1 = bf16[3,8,1024,192]{3,2,1,0} custom-call(%a.1, %a.1, %a.3, %a.3, %a.5, /*index=5*/%a.6, %a.7, %a.8, %a.5, %a.8, /*index=10*/%a.6), custom_call_target="tpu_custom_call", backend_config={}
   %splash_mha_dkv_segmented_no_residuals.1 = (bf16[3,8,1024,192]{3,2,1,0}, bf16[3,8,1024,128]{3,2,1,0}) custom-call(%a.1, %a.1, %a.3, %a.3, %a.5, /*index=5*/%a.7, %a.6, %a.8, %a.5, %a.8, /*index=10*/%a.7), custom_call_target="tpu_custom_call", backend_config={}
   ROOT %out.1 = bf16[3,8,1024,128]{3,2,1,0} get-tuple-element(%splash_mha_fwd_segmented_residuals.1), index=0
@@ -21,8 +23,8 @@ ENTRY %main (a.1: s8[1,2,2], a.3: bf16[3,8,1024,192], a.5: bf16[3,8,1024,128], a
 
 
 def test_kernels_of_attention_cost_what_their_masks_let_them_do():
-    """Three of four blocks of 512 meet the causal mask; 1, 2 and 2 products as wide as a key's 192,
-    1, 1 and 2 as wide as a value's 128."""
+    """Three of four blocks of 512 meet the mask; 1, 2 and 2 products are as wide as a key's 192,
+    1, 1 and 2 as a value's 128. A kernel's metadata may break its line."""
     found = costs.measure(parse(SPLASH), costs.Rules(1, costs.half))
     pairs = 2 * 3 * 8 * 1024 * 1024 * 3 / 4
     assert found.flops == {"bf16": pairs * (5 * 192 + 4 * 128)}
