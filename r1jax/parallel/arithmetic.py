@@ -15,6 +15,7 @@ _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _ESTIMATE = re.compile(r'"cost_estimate":(\{[^{}]*\})')
 _GROUPS = re.compile(r'"is_ragged_dot":true,"num_groups_in_ragged_dot":"(\d+)"')
 _GEMM = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+_RAGGED = ("ragged-dot", "grouped_", "fp8_grouped_")
 
 
 def flops(instruction: Instruction, operands: tuple[Array, ...]) -> float:
@@ -44,8 +45,9 @@ def kernel(instruction: Instruction) -> bool:
 
 
 def ragged_kernel(instruction: Instruction) -> bool:
-    """Whether it is XLA:TPU's own kernel for ragged products, which states the cost of all rows."""
-    return kernel(instruction) and instruction.name.startswith("ragged-dot")
+    """Whether it is a kernel for ragged products, XLA:TPU's own or one of `pallas_kernels`: what it
+    states is the cost of all rows, whether they belong to a group or not."""
+    return kernel(instruction) and instruction.name.startswith(_RAGGED)
 
 
 def _dot(out: Array, left: Array, contracting: tuple[int, ...]) -> float:

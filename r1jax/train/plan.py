@@ -2,6 +2,7 @@
 """A step compiled for a pod that need not be there: does it fit, what does it move, how long."""
 
 import dataclasses
+import math
 import re
 import time
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax
 
 from r1jax.config import MeshConfig, PlanConfig
 from r1jax.parallel import costs, roofline
-from r1jax.parallel.dispatch import ROUNDS
+from r1jax.parallel.dispatch import ROUNDS, reach, room
 from r1jax.parallel.hlo import parse
 from r1jax.parallel.mesh import for_decoding, for_long_rows, for_training, make_mesh
 from r1jax.parallel.stacks import Stacked, stacked
@@ -145,8 +146,10 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
             *fixed, total, temporary, 0, None, job.tokens, job.model_flops, took, None, None
         )
     memory, text = program.memory_analysis(), parse(program.as_text())
-    found = costs.measure(text, _rules(cfg, sizes))
-    times = roofline.times(found, topology.chip, roofline.spots(mesh.devices.flat))
+    where = roofline.spots(mesh.devices.flat)
+    share, apart = filled(cfg, sizes, what), roofline.counterparts(where)
+    found = costs.measure(text, costs.Rules(sizes.devices, turns, share, apart))
+    times = roofline.times(found, topology.chip, where)
     return Plan(
         *fixed,
         memory.argument_size_in_bytes,
@@ -188,9 +191,27 @@ def compiled(lowered: Any) -> tuple[Any, float]:
         raise StageFailed(f"the compiler cannot do this step: {line[:400]}") from error
 
 
-def _rules(cfg: PlanConfig, mesh: MeshConfig) -> costs.Rules:
-    filled = 1.0 / cfg.model.moe.dispatch_slack if mesh.expert > 1 else 1.0
-    return costs.Rules(mesh.devices, turns, filled)
+def filled(cfg: PlanConfig, mesh: MeshConfig, what: str) -> float:
+    """Share of the rows of a dispatch buffer that belong to an expert, at a balanced load.
+
+    The few rows of a step of decoding leave most of the smallest buffers empty.
+    """
+    moe = cfg.model.moe
+    if mesh.expert == 1:
+        return 1.0
+    if what != "decode":
+        return 1.0 / moe.dispatch_slack
+    pieces = mesh.batch_shards * (mesh.context if cfg.sampling.layout == "decoding" else 1)
+    rows, k = cfg.grpo.prompts * cfg.grpo.group_size / pieces, moe.num_experts_per_tok
+    size = room(
+        math.ceil(rows),
+        k,
+        mesh.expert,
+        moe.n_routed_experts // mesh.expert,
+        reach=reach(mesh.expert, k, moe.n_group, moe.topk_group),
+        slack=moe.dispatch_slack,
+    )
+    return rows * k / size.computed
 
 
 def turns(op_name: str, most: int | None) -> float:

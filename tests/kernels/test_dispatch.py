@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choosing an implementation: an explicit one is never replaced, the device's own may be."""
 
+import jax
 import pytest
 
 from pallas_kernels import Backend, Unsupported, chips, dispatch, tuning
@@ -20,6 +21,15 @@ def test_the_devices_own_choice_falls_back_to_xla(monkeypatch):
     monkeypatch.setattr(chips, "present", lambda: ("tpu", "TPU v5 lite"))
     assert dispatch.resolve(None).name == "tpu"
     assert dispatch.run(None, refuse_kernels) == Backend("xla", chip="v5e")
+
+
+def test_the_chips_of_the_mesh_in_force_choose():
+    """A program may be compiled for chips that are not there."""
+    device = jax.sharding.AbstractDevice(device_kind="TPU7x", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("all",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert dispatch.resolve(None) == Backend("tpu", chip="tpu7x", explicit=False)
+    assert dispatch.resolve(None).name == "xla"
 
 
 def test_an_explicit_choice_does_not(monkeypatch):

@@ -14,7 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from r1jax.cli.plan_table import write_plan, write_search
 from r1jax.config import GRPOConfig, MeshConfig, PlanConfig, SamplingConfig
 from r1jax.eval.plan_picture import draw
+from r1jax.nn.build import build
 from r1jax.nn.count import decode_flops, forward_flops, size, train_flops
+from r1jax.nn.param import as_used, leaves
 from r1jax.parallel import costs
 from r1jax.parallel.hlo import parse
 from r1jax.parallel.mesh import make_mesh
@@ -22,7 +24,7 @@ from r1jax.parallel.topology import Chip, Topology, devices
 from r1jax.parallel.topology import parse as parse_name
 from r1jax.train import plan_search
 from r1jax.train.failure import StageFailed
-from r1jax.train.plan import Plan, compiled, mesh_for, plan
+from r1jax.train.plan import Plan, compiled, filled, mesh_for, plan
 from r1jax.train.plan_report import report, verdict
 from tests.nn import tiny
 
@@ -147,6 +149,36 @@ def test_decoding_holds_caches_and_no_moments():
     assert found.tokens == 8
     assert found.model_flops == 8 * decode_flops(MODEL, 16)
     assert found.fits
+
+
+def test_decoding_where_the_sampler_holds_its_weights():
+    """Laid out for decoding all but experts are whole, and in what layers compute with; nothing is
+    gathered that the training layout gathers."""
+    wide = dataclasses.replace(MODEL, dtype="bfloat16", hidden_size=64)
+    cfg = dataclasses.replace(CFG, model=wide, mesh=MeshConfig(expert=8))
+    sampling = dataclasses.replace(CFG.sampling, layout="training")
+    trained = dataclasses.replace(cfg, sampling=sampling)
+    held, cut = (plan(c, EIGHT, "decode", chips=jax.devices()) for c in (cfg, trained))
+    found = leaves(as_used(build(wide))).values()
+    dealt = lambda v: 8 if "expert" in v.out_sharding else 1  # noqa: E731
+    assert held.arguments["parameters"] == sum(v[...].nbytes // dealt(v) for v in found)
+    assert cut.arguments["parameters"] < held.arguments["parameters"] / 2
+
+    def gathered(found):
+        return sum(c.sent for c in found.costs.collectives if "attention" in c.op_name)
+
+    assert gathered(held) < gathered(cut) / 4
+
+
+def test_the_share_of_a_dispatch_buffer_that_is_filled():
+    """One row a device sends 8 pairs; the least buffer is made for 256."""
+    whole = PlanConfig()
+    mesh = MeshConfig(data=2, expert=256)
+    assert filled(whole, mesh, "decode") == 8 / 256
+    assert filled(whole, MeshConfig(fsdp=8, expert=64), "train") == 1 / 1.25
+    assert filled(whole, MeshConfig(fsdp=512), "train") == 1.0
+    half = dataclasses.replace(whole, grpo=dataclasses.replace(whole.grpo, prompts=16))
+    assert filled(half, mesh, "decode") == 4 / 256, "every other device has no row"
 
 
 @pytest.mark.slow
