@@ -17,7 +17,7 @@ ASSUMED = (
     "memory traffic is what leaves fusions, at the data sheet's bandwidth",
     "a collective uses both directions of every torus dimension that its group spans",
     "an all-to-all pays a quarter of its longest dimension in hops",
-    "between slices a collective is hierarchical: a device sends 1/n of the slice's part",
+    "what crosses slices does so at the full bandwidth of each device's network",
 )
 _EVERYONE = {"all-to-all", "ragged-all-to-all"}
 

@@ -8,8 +8,10 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from r1jax.config import MeshConfig, PlanConfig
+from r1jax.nn.count import size
 from r1jax.parallel import costs, roofline
 from r1jax.parallel.dispatch import ROUNDS, reach, room
 from r1jax.parallel.hlo import parse
@@ -43,6 +45,7 @@ class Plan(NamedTuple):
         tokens: of all devices.
         model_flops: of all devices.
         compile_seconds: of the compiler alone.
+        processor_seconds: that all cores spent on it.
         costs: counts of the compiled program; None if it did not compile for lack of memory.
         times: the roofline's; None with them.
     """
@@ -58,6 +61,7 @@ class Plan(NamedTuple):
     tokens: int
     model_flops: float
     compile_seconds: float
+    processor_seconds: float
     costs: costs.Costs | None
     times: roofline.Times | None
 
@@ -109,7 +113,18 @@ def _proposed(cfg: PlanConfig, topology: Topology, what: str, rows: int) -> Mesh
     if what == "grpo" and rows % topology.devices:
         one = for_long_rows(cfg.model, inside, rows=rows // slices, length=cfg.sampled_length)
         return dataclasses.replace(one, slices=slices)
-    return for_training(cfg.model, topology.devices, slices=slices)
+    copies = for_training(cfg.model, topology.devices, slices=slices)
+    if slices > 1 and _kept_bytes(cfg, what) / inside > topology.chip.hbm / 2:
+        return for_training(cfg.model, topology.devices)  # pieces, not copies, on the slices
+    return copies
+
+
+def _kept_bytes(cfg: PlanConfig, what: str) -> int:
+    """Of parameters, gradients, both moments and a reference, over all devices."""
+    optimizer = cfg.grpo.optim if what == "grpo" else cfg.optim
+    held, found = what == "grpo" and cfg.grpo.update.beta > 0, size(cfg.model)
+    a_value = 4 * (3 if held else 2) + 2 * jnp.dtype(optimizer.moment_dtype).itemsize
+    return (found.parameters + found.mtp) * a_value
 
 
 def _repair(mesh: MeshConfig, topology: Topology) -> str:
@@ -134,17 +149,14 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
     with jax.set_mesh(mesh):
         job = jobs.make(what, cfg, mesh)
         lowered = job.run.lower(*job.args, **job.kwargs)
-        began = time.monotonic()
+        began = time.monotonic(), time.process_time()
         program, needs = compiled(lowered)
-    took = time.monotonic() - began
+    took = time.monotonic() - began[0], time.process_time() - began[1]
     given = job.bytes_by_part()
-    fixed = (topology, what, sizes, given)
+    fixed, work = (topology, what, sizes, given), (job.tokens, job.model_flops, *took)
     if program is None:
         total = sum(given.values())
-        temporary = max(needs - total, 0.0)
-        return Plan(
-            *fixed, total, temporary, 0, None, job.tokens, job.model_flops, took, None, None
-        )
+        return Plan(*fixed, total, max(needs - total, 0.0), 0, None, *work, None, None)
     memory, text = program.memory_analysis(), parse(program.as_text())
     where = roofline.spots(mesh.devices.flat)
     share, apart = filled(cfg, sizes, what), roofline.counterparts(where)
@@ -156,9 +168,7 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
         _beside_arguments(memory),
         memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         stacked(text),
-        job.tokens,
-        job.model_flops,
-        took,
+        *work,
         found,
         times,
     )
@@ -203,7 +213,7 @@ def filled(cfg: PlanConfig, mesh: MeshConfig, what: str) -> float:
         return 1.0 / moe.dispatch_slack
     pieces = mesh.batch_shards * (mesh.context if cfg.sampling.layout == "decoding" else 1)
     rows, k = cfg.grpo.prompts * cfg.grpo.group_size / pieces, moe.num_experts_per_tok
-    size = room(
+    buffer = room(
         math.ceil(rows),
         k,
         mesh.expert,
@@ -211,7 +221,7 @@ def filled(cfg: PlanConfig, mesh: MeshConfig, what: str) -> float:
         reach=reach(mesh.expert, k, moe.n_group, moe.topk_group),
         slack=moe.dispatch_slack,
     )
-    return rows * k / size.computed
+    return rows * k / buffer.computed
 
 
 def turns(op_name: str, most: int | None) -> float:

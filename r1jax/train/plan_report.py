@@ -44,6 +44,7 @@ def report(plan: Plan, cfg: PlanConfig) -> dict[str, Any]:
         "tokens_per_second": None,
         "mfu": None,
         "compile_seconds": plan.compile_seconds,
+        "compile_processor_seconds": plan.processor_seconds,
         "assumptions": list(ASSUMED),
     }
     if plan.costs is None or plan.times is None or plan.stacked is None:
