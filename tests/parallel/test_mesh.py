@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meshes: sizes, presets, and what is refused."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -72,7 +72,8 @@ def test_presets():
         for_long_rows(cfg, 512, rows=64, length=4095)
 
 
-class Chip(NamedTuple):
+@dataclass(frozen=True)
+class Chip:
     """What is asked of a TPU's device."""
 
     id: int
