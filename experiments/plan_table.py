@@ -19,33 +19,37 @@ from r1jax.parallel.topology import parse
 from r1jax.train.plan_search import once
 
 CONFIG = Path(__file__).parents[1] / "configs" / "v3_671b.py"
+FP8 = ("model.fp8.enabled", "true")
 ROWS = (
+    ("v5p-1024", "grpo", ()),
+    ("v5p-1024", "decode", ()),
+    ("tpu7x-256", "decode", ()),
+    ("v6e-256", "decode", (("sampling.layout", "training"),)),
+    ("v6e-256", "decode", (("grpo.prompts", "16"), ("mesh.expert", "128"), ("mesh.tensor", "2"))),
     ("v5p-1024", "train", ()),
     ("v5p-1024", "train", (("rows_per_device", "6"), ("length", "8192"))),
     ("2xv6e-256", "train", (("rows_per_device", "1"),)),
-    ("tpu7x-256", "train", (("rows_per_device", "2"),)),
-    ("v5p-1024", "grpo", (("grpo.update.micro_batches", "8"),)),
-    ("v5p-1024", "decode", ()),
-    ("v6e-256", "decode", ()),
-    ("tpu7x-256", "decode", ()),
+    ("tpu7x-256", "train", (FP8,)),
 )
-HEADINGS = ("pod", "program", "mesh", "rows × tokens", "GB of", "fits", "GB sent", "FLOP ratio",
-            "MFU, bounds", "compiled")  # fmt: skip
+HEADINGS = ("pod", "program", "changed", "chips", "mesh", "rows × tokens", "GB a device", "fits",
+            "GB sent", "FLOP ratio", "MFU, bounds", "compiled, processors")  # fmt: skip
 
 
-def row(facts: dict, cfg: PlanConfig) -> list[str]:
+def row(facts: dict, cfg: PlanConfig, changes: tuple[tuple[str, str], ...]) -> list[str]:
     """Cells of the table."""
     mesh = " × ".join(f"{name} {n}" for name, n in facts["mesh"].items() if n > 1)
     length = cfg.length if facts["what"] == "train" else cfg.sampled_length
-    first = [facts["topology"], facts["what"], mesh, f"{facts['setting']['rows']} × {length}"]
+    changed = ", ".join("=".join(change) for change in changes) or "–"
+    first = [facts["topology"], facts["what"], changed, str(parse(facts["topology"]).chips), mesh]
+    first.append(f"{facts['setting']['rows']} × {length}")
     if "failed" in facts:
         return [*first, "–", "fails", "–", "–", "–", "–"]
     memory = f"{facts['hbm_per_chip_gb']:.1f} of {facts['hbm_available_gb']:.1f}"
-    took = f"{facts['compile_seconds']:.0f} s"
+    took = f"{facts['compile_seconds']:.0f} s, {facts['compile_processor_seconds']:.0f} s"
     if facts["seconds"] is None:
         return [*first, memory, "no", "–", "–", "–", took]
     ratio = facts["counted_flops"] / facts["model_flops"]
-    mfu = "{serial:.0%}–{overlapped:.0%}".format(**facts["mfu"])
+    mfu = "{serial:.1%}–{overlapped:.1%}".format(**facts["mfu"])
     fits, sent = "yes" if facts["fits"] else "no", f"{facts['collective_gb']:.1f}"
     return [*first, memory, fits, sent, f"{ratio:.2f}", mfu, took]
 
@@ -63,8 +67,8 @@ def main() -> None:
             tree = overrides.load(CONFIG)
             overrides.apply(tree, changes)
             cfg = from_config_dict(PlanConfig, tree)
-            lines.append(row(once(cfg, parse(name), what, out=args.out)[0], cfg))
-            print(f"{name} {what}: {' '.join(lines[-1][4:])}", file=sys.stderr)
+            lines.append(row(once(cfg, parse(name), what, out=args.out)[0], cfg, changes))
+            print(f"{name} {what}: {' '.join(lines[-1][6:])}", file=sys.stderr)
     print("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
 
 

@@ -67,7 +67,11 @@ def named(device_kind: str) -> Chip | None:
 
 
 def present() -> tuple[str, str]:
-    """(platform, device_kind) of the device that JAX computes on by default."""
+    """(platform, device_kind) of the mesh in force, whose chips need not be there, or of the device
+    that JAX computes on by default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        return mesh.abstract_device.platform, mesh.abstract_device.device_kind
     device = jax.config.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]

@@ -82,9 +82,6 @@ def resolve(implementation: Implementation) -> Backend:
     chip = chips.named(kind)
     if implementation is None:
         mesh = jax.sharding.get_abstract_mesh()
-        if not mesh.empty and mesh.abstract_device is not None:
-            platform, kind = mesh.abstract_device.platform, mesh.abstract_device.device_kind
-            chip = chips.named(kind)
         own = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(platform)
         whole = mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual
         name = own if own and chip and whole else "xla"

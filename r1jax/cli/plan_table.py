@@ -60,7 +60,8 @@ def _time(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         seconds, speed = facts["seconds"][key], facts["tokens_per_second"][key]
         mfu = 100 * facts["mfu"][key]
         yield f"a step, {name}", f"{seconds:.4g} s, {speed:,.0f} tokens/s, MFU {mfu:.1f} %"
-    yield "compiled in", f"{facts['compile_seconds']:.0f} s"
+    took, worked = facts["compile_seconds"], facts["compile_processor_seconds"]
+    yield "compiled in", f"{took:.0f} s, {worked:.0f} s of processors"
 
 
 def _setting(facts: Mapping[str, Any]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ class MeshConfig:
 
     Attributes:
         slices: groups of devices without a fast network between them; copies of the parameters.
+            On several groups with `slices` 1 `fsdp` crosses that network: pieces instead of copies.
         data: copies of the parameters inside a slice.
         fsdp: devices that the parameters, their moments and gradients are cut over, and the batch.
         expert: devices that the routed experts are dealt out to; all other parameters and the batch

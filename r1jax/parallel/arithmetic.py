@@ -18,6 +18,7 @@ _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)_")
 # Products of a kernel of attention: so many as wide as a key, so many as wide as a value.
 _PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
 _GEMM = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+_RAGGED = ("ragged-dot", "grouped_", "fp8_grouped_")
 
 
 def flops(instruction: Instruction, operands: tuple[Array, ...]) -> float:
@@ -47,8 +48,9 @@ def kernel(instruction: Instruction) -> bool:
 
 
 def ragged_kernel(instruction: Instruction) -> bool:
-    """Whether it is XLA:TPU's own kernel for ragged products, which states the cost of all rows."""
-    return kernel(instruction) and instruction.name.startswith("ragged-dot")
+    """Whether it is a kernel for ragged products, XLA:TPU's own or one of `pallas_kernels`: what it
+    states is the cost of all rows, whether they belong to a group or not."""
+    return kernel(instruction) and instruction.name.startswith(_RAGGED)
 
 
 def read_again(instruction: Instruction, operands: tuple[Array, ...]) -> float:

@@ -11,9 +11,11 @@ the turns of the loops around it. Rules, each a decision:
   lies in the main memory; of a sliced operand the slice, of an updated one the update.
 - A collective moves (n − 1)/n of what it leaves or takes, n devices in its group: an all-gather
   n − 1 times its operand, a reduce-scatter and an all-to-all (n − 1)/n of it, an all-reduce twice
-  that, a permutation all of it. An all-to-all of ragged rows is taken as full.
+  that, a permutation all of it. An all-to-all of ragged rows moves as many as the smaller of its
+  two buffers holds: on the way back that is the one which is filled.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -35,6 +37,8 @@ KINDS = (
 )
 _TWICE = {"all-reduce"}
 _WHOLE = {"collective-permute", "collective-broadcast"}
+_HOSTS = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_LIBRARY = re.compile(r"called_computations=\{%?([\w.\-]+)\}")
 
 
 class Collective(NamedTuple):
@@ -112,11 +116,13 @@ class Rules(NamedTuple):
         devices: in the program, for groups written as "all".
         guess: turns of a loop from its scopes and the most it can take (None: unknown).
         filled: share of the rows of a ragged product that belong to some group.
+        apart: devices that hosts send between, over the network: the same of each slice.
     """
 
     devices: int
     guess: Callable[[str, int | None], float]
     filled: float = 1.0
+    apart: Groups = ()
 
 
 def half(op_name: str, most: int | None) -> float:
@@ -137,22 +143,22 @@ def _costs(program: Program, place: Place, times: float, rules: Rules, fused: fl
     """
     total, inner = Costs(), program.computations
     for one in place.computation.instructions.values():
-        operands = arrays(place.computation, one)
+        operands, name = arrays(place.computation, one), _callee(program, one)
         if one.opcode == "while":
             total.add(_loop(program, one, place, times, rules))
         elif one.opcode == "conditional":
             total.add(_conditional(program, one, place, times, rules))
-        elif one.opcode in ("call", "async-start") and (name := _callee(one)) in inner:
+        elif name in inner:
             total.add(_costs(program, Place(inner[name], place.callers), times, rules, fused))
         else:
-            if one.opcode == "fusion" and (name := one.called("calls")) in inner:
+            if one.opcode == "fusion" and (fusion := one.called("calls")) in inner:
                 groups_of = ragged_groups(one)
                 shares = groups_of / rules.filled if groups_of > 1 else max(fused, 1.0)
-                total.add(_costs(program, Place(inner[name]), times, rules, shares))
+                total.add(_costs(program, Place(inner[fusion]), times, rules, shares))
             _single(total, one, operands, times / max(fused, 1.0), rules)
             if (kind := _kind(place.computation, one)) is not None:
                 total.collectives.append(_collective(kind, one, operands, times, rules))
-        if not fused:
+        if not fused and name not in inner:
             total.traffic += times * traffic(program, place.computation, one)
             total.traffic += times * read_again(one, operands)
     return total
@@ -208,16 +214,27 @@ def _branches(one: Instruction) -> Iterator[str]:
             yield name
 
 
-def _callee(one: Instruction) -> str | None:
-    return one.called("to_apply") if one.opcode == "call" else one.called("calls")
+def _callee(program: Program, one: Instruction) -> str | None:
+    """The computation that runs in its place. On tpu7x collectives stand in library calls."""
+    if one.opcode == "call":
+        return one.called("to_apply")
+    if one.opcode == "async-start":
+        return one.called("calls")
+    found = _LIBRARY.search(one.attributes) if one.opcode == "custom-call" else None
+    inner = program.computations.get(found.group(1)) if found else None
+    holds = inner and any(_kind(inner, i) for i in inner.instructions.values())
+    return inner.name if holds else None
 
 
 def _kind(computation: Computation, one: Instruction) -> str | None:
     """The kind of a collective; None for anything else, and for copies of one that runs once.
 
     XLA:TPU copies an overlapped collective into each fusion that hides a piece of it; the one that
-    starts it counts. A reduce-scatter is written as an all-reduce in a computation of that name.
+    starts it counts. A reduce-scatter is written as an all-reduce in a computation of that name,
+    and what crosses the network between slices is sent by hosts.
     """
+    if one.opcode == "send" and (hosts := _HOSTS.search(one.attributes)):
+        return hosts.group(1).lower().replace("_", "-")
     kind = one.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
@@ -237,10 +254,11 @@ def _starts(one: Instruction) -> bool:
 def _collective(
     kind: str, one: Instruction, operands: tuple[Array, ...], times: float, rules: Rules
 ) -> Collective:
-    found = groups(one)
+    found = rules.apart if one.opcode == "send" else groups(one)
     n = len(found[0]) if found else rules.devices
-    given = operands[:1] if kind == "ragged-all-to-all" else operands
-    size = sum(a.bytes for a in given)
+    size = sum(a.bytes for a in operands)
+    if kind == "ragged-all-to-all":
+        size = min(a.bytes for a in operands[:2])
     if kind in _WHOLE:
         sent = size
     elif kind == "all-gather":

@@ -60,6 +60,12 @@ def room(tokens: int, k: int, ranks: int, held: int, *, reach: int, slack: float
     return Room(tokens * reach, received, computed)
 
 
+def no_smaller(pieces: int, pairs: int) -> int:
+    """Pieces that (token, expert) pairs are worth: one that does not fill the smallest buffers
+    would cost as much as one that does, as a step of decoding with a token or two."""
+    return max(min(pieces, pairs // FEW), 1)
+
+
 def dispatch(
     x_TD: jax.Array,
     index_TK: jax.Array,
@@ -82,6 +88,7 @@ def dispatch(
         reach: ranks that a token may go to at most, see `reach`.
         slack: buffers hold so many times the balanced load.
         pieces: T is gone through in so many, each dispatched by itself: buffers are that smaller.
+            Fewer where T is small, see `no_smaller`.
         sparse: the way; None lets the platform choose.
         fp8: of the experts' products: `fp8_experts`.
 
@@ -94,8 +101,9 @@ def dispatch(
         how = choose(*index_TK.shape, held, platform(), values=values)
         y_TD = _experts(x_TD, index_TK, weight_TK, weights, fp8=fp8, implementation=how)
         return y_TD, jnp.float32(0.0)
-    t, k = -(-len(x_TD) // pieces), index_TK.shape[1]
-    size = room(t, k, ranks, held, reach=reach, slack=slack)
+    k = index_TK.shape[1]
+    pieces = no_smaller(pieces, len(x_TD) * k)
+    size = room(-(-len(x_TD) // pieces), k, ranks, held, reach=reach, slack=slack)
     if not (platform() == "tpu" if sparse is None else sparse):
         return _gathered(x_TD, index_TK, weight_TK, weights, size, fp8=fp8), jnp.float32(0.0)
     rows = (_cut(x_TD, pieces), _cut(index_TK, pieces, ranks * held), _cut(weight_TK, pieces))

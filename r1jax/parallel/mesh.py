@@ -100,10 +100,29 @@ def _placed(cfg: MeshConfig, shape: tuple[int, ...], devices: list[jax.Device]) 
     if devices[0].platform != "tpu":
         return np.array(devices).reshape(shape)
     split = dict(allow_split_physical_axes=True)
-    if cfg.slices == 1:
+    across = _across(cfg, len({getattr(d, "slice_index", 0) for d in devices}))
+    if not across:
         return mesh_utils.create_device_mesh(shape, devices, **split)
-    across = (cfg.slices, *(1,) * (len(shape) - 1))
-    return mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), across, devices, **split)
+    inside = tuple(n // across.get(name, 1) for name, n in cfg.sizes().items())
+    outside = tuple(across.get(name, 1) for name in cfg.sizes())
+    return mesh_utils.create_hybrid_device_mesh(inside, outside, devices, **split)
+
+
+def _across(cfg: MeshConfig, slices: int) -> dict[str, int]:
+    """The axis that crosses the slow network, and into how many: {} in one slice.
+
+    Copies of the parameters do, or, where `cfg.slices` is 1, the pieces that `fsdp` cuts them into.
+    """
+    if slices == 1:
+        return {}
+    if cfg.slices == slices:
+        return {"slices": slices}
+    if cfg.slices == 1 and cfg.fsdp % slices == 0:
+        return {"fsdp": slices}
+    raise ValueError(
+        f"mesh.slices={cfg.slices} and mesh.fsdp={cfg.fsdp} do not go with {slices} slices: set "
+        f"mesh.slices={slices}, or mesh.slices=1 and mesh.fsdp to a multiple of {slices}"
+    )
 
 
 def _fitting(cfg: MeshConfig, devices: int) -> str:

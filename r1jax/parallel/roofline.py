@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from r1jax.parallel.costs import Collective, Costs
-from r1jax.parallel.groups import along
+from r1jax.parallel.groups import Groups, along
 from r1jax.parallel.topology import Chip
 
 ASSUMED = (
@@ -17,7 +17,7 @@ ASSUMED = (
     "memory traffic is what leaves fusions, at the data sheet's bandwidth",
     "a collective uses both directions of every torus dimension that its group spans",
     "an all-to-all pays a quarter of its longest dimension in hops",
-    "between slices a collective is hierarchical: a device sends 1/n of the slice's part",
+    "what crosses slices does so at the full bandwidth of each device's network",
 )
 _EVERYONE = {"all-to-all", "ragged-all-to-all"}
 
@@ -57,6 +57,14 @@ def spots(devices: Sequence[Any]) -> list[Spot]:
     return found
 
 
+def counterparts(where: Sequence[Spot]) -> Groups:
+    """Devices, by number, that stand at the same place in the order of each slice."""
+    slices: dict[int, list[int]] = {}
+    for n, spot in enumerate(where):
+        slices.setdefault(spot.slice, []).append(n)
+    return tuple(zip(*slices.values(), strict=True))
+
+
 def times(costs: Costs, chip: Chip, where: Sequence[Spot]) -> Times:
     """The four times of a program on devices that lie so."""
     compute = sum(n / _peak(chip, dtype) for dtype, n in costs.flops.items())
@@ -83,11 +91,11 @@ def seconds_a_byte(one: Collective, chip: Chip, where: Sequence[Spot]) -> tuple[
         return 0.0, 0.0
     extents = [len(set(axis)) for axis in zip(*(p.chip for p in places), strict=True)]
     spans = [extent for extent in extents if extent > 1]
-    if not spans and slices == 1:
-        return 1 / chip.memory, 0.0  # devices of one chip
+    if not spans:  # devices of one chip, or of each slice the same
+        return (0.0, 1 / chip.network) if slices > 1 else (1 / chip.memory, 0.0)
     everyone = one.kind in _EVERYONE
-    links = 2 * max(len(spans), 1) * chip.link
-    hops = max(max(spans, default=1) / 4 * len(spans), 1.0) if everyone else 1.0
+    links = 2 * len(spans) * chip.link
+    hops = max(max(spans) / 4 * len(spans), 1.0) if everyone else 1.0
     crossing = 0.0
     if slices > 1:
         crossing = (n - n / slices if everyone else slices - 1) / (n - 1)

@@ -10,6 +10,7 @@ _STILL = {
     "async-start", "async-update", "async-done", "copy-done", "slice-done",
 }  # fmt: skip
 _CUTS = {"dynamic-slice", "slice", "slice-start", "gather"}
+_RENAMES = {"bitcast", "reshape", "copy"}  # inside a fusion a copy is made of what is asked for
 _VIEWS = {"bitcast", "reshape", "copy", "convert", "transpose"}
 
 
@@ -33,6 +34,8 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> flo
     if one.opcode in ("dynamic-update-slice", "scatter"):
         update = 1 if one.opcode == "dynamic-update-slice" else 2
         return 2 * read[update] if len(read) > update else sum(read)
+    if one.opcode == "send":  # by a host, to another slice
+        return sum(read)
     if one.opcode.endswith("-start"):  # operands are part of the result
         return sum(read) + max(_main(one.arrays) - sum(read), 0.0)
     return sum(read) + _main(one.arrays)
@@ -96,7 +99,7 @@ def _touched(program: Program, inner: Computation, name: str) -> float | None:
             continue
         if _free(user, first):
             continue
-        if user.opcode not in ("bitcast", "reshape", "fusion"):
+        if user.opcode not in (*_RENAMES, "fusion"):
             return None
         parts = _nested(program, user, name) if user.opcode == "fusion" else []
         parts = parts or [_touched(program, inner, user.name)]  # renamed: who reads it then?
@@ -118,7 +121,7 @@ def _nested(program: Program, user: Instruction, name: str) -> list[float | None
 def _view(nested: Computation) -> bool:
     """Whether a fusion only renames an operand."""
     end = nested.root()
-    while end is not None and end.opcode in ("bitcast", "reshape"):
+    while end is not None and end.opcode in _RENAMES:
         end = nested.instructions.get(end.operands[0])
     return end is not None and end.opcode == "parameter"
 

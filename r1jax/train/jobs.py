@@ -18,9 +18,9 @@ from r1jax.infer import decode
 from r1jax.infer.sample import sample
 from r1jax.nn.build import build
 from r1jax.nn.count import decode_flops, forward_flops, train_flops
-from r1jax.nn.param import RouterBias
+from r1jax.nn.param import RouterBias, as_used
 from r1jax.rl.rollout import Rollout
-from r1jax.sharding import spec
+from r1jax.sharding import DECODING, RULES, Rules, ruled, spec
 from r1jax.train.grpo import grpo_step
 from r1jax.train.objective import objective_of
 from r1jax.train.state import Controls, TrainState, laid
@@ -66,12 +66,17 @@ def device_bytes(tree: Any) -> int:
 
 
 def abstract_state(
-    cfg: PlanConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    cfg: PlanConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, cast: bool = False
 ) -> TrainState:
-    """The training state as shapes that lie where training would put them."""
+    """The training state as shapes that lie where the rules in force put them.
+
+    Args:
+        cast: parameters are in what layers compute with, see `nn.param.as_used`.
+    """
 
     def make_state():
-        graphdef, params, router = nnx.split(build(cfg.model), nnx.Param, RouterBias)
+        model = as_used(build(cfg.model)) if cast else build(cfg.model)
+        graphdef, params, router = nnx.split(model, nnx.Param, RouterBias)
         return TrainState(jnp.int32(0), params, router, optimizer.init(params), graphdef)
 
     state = jax.eval_shape(make_state)
@@ -161,8 +166,17 @@ def _grpo_flops(cfg: PlanConfig) -> float:
 
 
 def _decode(cfg: PlanConfig, mesh: Mesh) -> Job:
-    """One token for every row of a GRPO batch, at the end of its context."""
-    state = abstract_state(cfg, optax.identity(), mesh).slim()
+    """One token for every row of a GRPO batch, at the end of its context, with the weights where
+    `sampling.layout` holds them."""
+    if cfg.sampling.layout == "training":
+        return _token(cfg, mesh, RULES)
+    with ruled(DECODING):
+        return _token(cfg, mesh, DECODING)
+
+
+def _token(cfg: PlanConfig, mesh: Mesh, rules: Rules) -> Job:
+    """`_decode` under the rules in force."""
+    state = abstract_state(cfg, optax.identity(), mesh, cast=rules is DECODING).slim()
     prompts, rows = cfg.grpo.prompts, cfg.grpo.prompts * cfg.grpo.group_size
     length, new = cfg.sampling.prompt_length, cfg.sampling.max_new_tokens
     tokens_PS, valid_PS = (jax.ShapeDtypeStruct((prompts, length), d) for d in (jnp.int32, bool))
@@ -180,7 +194,7 @@ def _decode(cfg: PlanConfig, mesh: Mesh) -> Job:
     vector = lambda dtype: _array(mesh, (rows,), dtype, "batch")  # noqa: E731
     chance = (vector(jnp.float32), _array(mesh, (2,), jnp.uint32))
     return Job(
-        jax.jit(_next_token, donate_argnums=2),
+        jax.jit(functools.partial(_next_token, rules=rules), donate_argnums=2),
         (state, prompt, (own, _array(mesh, (), jnp.int32)), vector(jnp.int32), chance),
         {},
         {"parameters": (state.params, state.router), "cache": (prompt, own)},
@@ -200,12 +214,17 @@ def _fitting(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -
     return PartitionSpec(*even)
 
 
-def _next_token(state: TrainState, prompt, cache, token_B, chance):
+def _next_token(state: TrainState, prompt, cache, token_B, chance, *, rules: Rules):
     """What decoding does for each token: one cached step, the head, a draw.
 
     `cache` is the rows' own and the slot that is written, `chance` temperatures and a raw key.
     """
-    model, (own, index), (temperature_B, noise) = state.model(), cache, chance
+    with ruled(rules):
+        return _drawn(state.model(), prompt, cache, token_B, chance)
+
+
+def _drawn(model, prompt, cache, token_B, chance):
+    (own, index), (temperature_B, noise) = cache, chance
     hidden_BD, own = decode.step(model, token_B, prompt, own, index)
     logits_BN = jnp.einsum(
         "bd,dn->bn",

@@ -2,15 +2,18 @@
 """A step compiled for a pod that need not be there: does it fit, what does it move, how long."""
 
 import dataclasses
+import math
 import re
 import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from r1jax.config import MeshConfig, PlanConfig
+from r1jax.nn.count import size
 from r1jax.parallel import costs, roofline
-from r1jax.parallel.dispatch import ROUNDS
+from r1jax.parallel.dispatch import ROUNDS, reach, room
 from r1jax.parallel.hlo import parse
 from r1jax.parallel.mesh import for_decoding, for_long_rows, for_training, make_mesh
 from r1jax.parallel.stacks import Stacked, stacked
@@ -42,6 +45,7 @@ class Plan(NamedTuple):
         tokens: of all devices.
         model_flops: of all devices.
         compile_seconds: of the compiler alone.
+        processor_seconds: that all cores spent on it.
         costs: counts of the compiled program; None if it did not compile for lack of memory.
         times: the roofline's; None with them.
     """
@@ -57,6 +61,7 @@ class Plan(NamedTuple):
     tokens: int
     model_flops: float
     compile_seconds: float
+    processor_seconds: float
     costs: costs.Costs | None
     times: roofline.Times | None
 
@@ -108,7 +113,18 @@ def _proposed(cfg: PlanConfig, topology: Topology, what: str, rows: int) -> Mesh
     if what == "grpo" and rows % topology.devices:
         one = for_long_rows(cfg.model, inside, rows=rows // slices, length=cfg.sampled_length)
         return dataclasses.replace(one, slices=slices)
-    return for_training(cfg.model, topology.devices, slices=slices)
+    copies = for_training(cfg.model, topology.devices, slices=slices)
+    if slices > 1 and _kept_bytes(cfg, what) / inside > topology.chip.hbm / 2:
+        return for_training(cfg.model, topology.devices)  # pieces, not copies, on the slices
+    return copies
+
+
+def _kept_bytes(cfg: PlanConfig, what: str) -> int:
+    """Of parameters, gradients, both moments and a reference, over all devices."""
+    optimizer = cfg.grpo.optim if what == "grpo" else cfg.optim
+    held, found = what == "grpo" and cfg.grpo.update.beta > 0, size(cfg.model)
+    a_value = 4 * (3 if held else 2) + 2 * jnp.dtype(optimizer.moment_dtype).itemsize
+    return (found.parameters + found.mtp) * a_value
 
 
 def _repair(mesh: MeshConfig, topology: Topology) -> str:
@@ -133,29 +149,26 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
     with jax.set_mesh(mesh):
         job = jobs.make(what, cfg, mesh)
         lowered = job.run.lower(*job.args, **job.kwargs)
-        began = time.monotonic()
+        began = time.monotonic(), time.process_time()
         program, needs = compiled(lowered)
-    took = time.monotonic() - began
+    took = time.monotonic() - began[0], time.process_time() - began[1]
     given = job.bytes_by_part()
-    fixed = (topology, what, sizes, given)
+    fixed, work = (topology, what, sizes, given), (job.tokens, job.model_flops, *took)
     if program is None:
         total = sum(given.values())
-        temporary = max(needs - total, 0.0)
-        return Plan(
-            *fixed, total, temporary, 0, None, job.tokens, job.model_flops, took, None, None
-        )
+        return Plan(*fixed, total, max(needs - total, 0.0), 0, None, *work, None, None)
     memory, text = program.memory_analysis(), parse(program.as_text())
-    found = costs.measure(text, _rules(cfg, sizes))
-    times = roofline.times(found, topology.chip, roofline.spots(mesh.devices.flat))
+    where = roofline.spots(mesh.devices.flat)
+    share, apart = filled(cfg, sizes, what), roofline.counterparts(where)
+    found = costs.measure(text, costs.Rules(sizes.devices, turns, share, apart))
+    times = roofline.times(found, topology.chip, where)
     return Plan(
         *fixed,
         memory.argument_size_in_bytes,
         _beside_arguments(memory),
         memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes,
         stacked(text),
-        job.tokens,
-        job.model_flops,
-        took,
+        *work,
         found,
         times,
     )
@@ -188,9 +201,27 @@ def compiled(lowered: Any) -> tuple[Any, float]:
         raise StageFailed(f"the compiler cannot do this step: {line[:400]}") from error
 
 
-def _rules(cfg: PlanConfig, mesh: MeshConfig) -> costs.Rules:
-    filled = 1.0 / cfg.model.moe.dispatch_slack if mesh.expert > 1 else 1.0
-    return costs.Rules(mesh.devices, turns, filled)
+def filled(cfg: PlanConfig, mesh: MeshConfig, what: str) -> float:
+    """Share of the rows of a dispatch buffer that belong to an expert, at a balanced load.
+
+    The few rows of a step of decoding leave most of the smallest buffers empty.
+    """
+    moe = cfg.model.moe
+    if mesh.expert == 1:
+        return 1.0
+    if what != "decode":
+        return 1.0 / moe.dispatch_slack
+    pieces = mesh.batch_shards * (mesh.context if cfg.sampling.layout == "decoding" else 1)
+    rows, k = cfg.grpo.prompts * cfg.grpo.group_size / pieces, moe.num_experts_per_tok
+    buffer = room(
+        math.ceil(rows),
+        k,
+        mesh.expert,
+        moe.n_routed_experts // mesh.expert,
+        reach=reach(mesh.expert, k, moe.n_group, moe.topk_group),
+        slack=moe.dispatch_slack,
+    )
+    return rows * k / buffer.computed
 
 
 def turns(op_name: str, most: int | None) -> float:

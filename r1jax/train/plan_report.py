@@ -7,7 +7,7 @@ from r1jax.config import PlanConfig
 from r1jax.parallel.costs import Costs
 from r1jax.parallel.dispatch import ROUNDS
 from r1jax.parallel.roofline import ASSUMED, by_axis
-from r1jax.train.plan import Plan
+from r1jax.train.plan import Plan, filled
 
 GB = 1e9
 
@@ -44,6 +44,7 @@ def report(plan: Plan, cfg: PlanConfig) -> dict[str, Any]:
         "tokens_per_second": None,
         "mfu": None,
         "compile_seconds": plan.compile_seconds,
+        "compile_processor_seconds": plan.processor_seconds,
         "assumptions": list(ASSUMED),
     }
     if plan.costs is None or plan.times is None or plan.stacked is None:
@@ -87,8 +88,8 @@ def _guesses(costs: Costs, cfg: PlanConfig, plan: Plan) -> list[str]:
                 "arithmetic"
             )
         found.append(
-            f"a dispatch buffer is filled to 1/{cfg.model.moe.dispatch_slack:g} of its rows where "
-            "arithmetic is counted, and full where bytes are"
+            f"{filled(cfg, plan.mesh, plan.what):.0%} of the rows of a dispatch buffer have an "
+            "expert; where bytes of memory are counted, all have"
         )
     silent = {k: n for k, n in costs.opaque.items() if not k.endswith("metadata")}
     if silent:

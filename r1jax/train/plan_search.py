@@ -91,16 +91,18 @@ def candidates(cfg: PlanConfig, topology: Topology, what: str) -> Iterator[PlanC
 
 
 def _settings(cfg: PlanConfig, topology: Topology, what: str) -> Iterator[PlanConfig]:
-    """Every product of the axes, the pieces and recomputation on and off."""
+    """Every product of the axes, the pieces and recomputation on and off; parameters copied on
+    each slice or cut over all of them."""
+    copies = sorted({topology.slices, 1}, reverse=True)
     for pieces, remat, sizes in itertools.product(
-        (1, 2, 4), (True, False), itertools.product(_TENSOR, _CONTEXT, _EXPERT)
+        (1, 2, 4), (True, False), itertools.product(_TENSOR, _CONTEXT, _EXPERT, copies)
     ):
-        tensor, context, expert = sizes
-        left = topology.devices // topology.slices
+        tensor, context, expert, slices = sizes
+        left = topology.devices // slices
         if left % (tensor * context * expert):
             continue
         mesh = MeshConfig(
-            slices=topology.slices,
+            slices=slices,
             fsdp=left // (tensor * context * expert),
             expert=expert,
             tensor=tensor,

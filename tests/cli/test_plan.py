@@ -33,6 +33,7 @@ def found(name="v5p-1024", *, temporaries=20e9):
         tokens=512 * 4 * 4096,
         model_flops=2e18,
         compile_seconds=137.0,
+        processor_seconds=233.0,
         costs=Costs(
             flops={"bf16": 2.6e18 / 512},
             traffic=9e12,

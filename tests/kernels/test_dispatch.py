@@ -54,6 +54,15 @@ def test_the_device_is_the_meshs_where_a_program_sees_its_own_piece(kind, axes, 
     assert found[-1] == chosen
 
 
+def test_the_chips_of_the_mesh_in_force_choose():
+    """A program may be compiled for chips that are not there."""
+    device = jax.sharding.AbstractDevice(device_kind="TPU7x", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("all",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert dispatch.resolve(None) == Backend("tpu", chip="tpu7x", explicit=False)
+    assert dispatch.resolve(None).name == "xla"
+
+
 def test_an_explicit_choice_does_not(monkeypatch):
     with pytest.raises(Unsupported, match="first device is 'cpu'"):
         dispatch.run("tpu", refuse_kernels)

@@ -364,7 +364,23 @@ ENTRY %main (a.1: bf16[64,128], a.2: s32[], a.3: bf16[128,32]) -> f32[8,32] {
 """
 
 
-def test_a_fusion_in_a_fusion_reads_what_it_cuts_and_what_it_only_renames():
-    found = costs.measure(parse(NESTED), costs.Rules(1, costs.half))
+RELAID = """
+%same.1 (p.7: bf16[64,128]) -> bf16[64,128] {
+  %p.7 = bf16[64,128]{1,0:T(16,128)} parameter(0)
+  ROOT %y.1 = bf16[64,128]{1,0:T(8,128)} copy(%p.7)
+}
+
+%cut.1 """
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_fusion_in_a_fusion_reads_what_it_cuts_and_what_it_only_renames(copied):
+    """Also of an operand that is laid out anew on its way, as on tpu7x."""
+    text = NESTED
+    if copied:
+        text = text.replace("\n%cut.1 ", RELAID).replace("slice(%p.1", "slice(%r.1")
+        again = "  %r.1 = bf16[64,128]{1,0} fusion(%p.1), kind=kLoop, calls=%same.1\n"
+        text = text.replace("  %z.1", again + "  %z.1")
+    found = costs.measure(parse(text), costs.Rules(1, costs.half))
     assert found.traffic == 2 * 8 * 128 + 2 * 128 * 32 + 4 * 8 * 32
     assert found.total_flops == 2 * 8 * 128 * 32

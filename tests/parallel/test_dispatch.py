@@ -112,6 +112,26 @@ def test_each_piece_goes_in_its_own_rounds(monkeypatch):
     assert over == 3
 
 
+@pytest.mark.parametrize(("few", "pieces"), [(256, 1), (64, 2), (16, 8)])
+def test_pieces_are_no_smaller_than_what_the_least_buffer_holds(few, pieces, monkeypatch):
+    """80 tokens of two experts a rank: eight pieces would each have a buffer for 256 pairs."""
+    seen = []
+
+    def whole(how, rows, weights):
+        seen.append((how[0].computed, rows[0].shape))
+        return rows[0], jax.numpy.zeros(len(rows[0]))
+
+    monkeypatch.setattr(D, "FEW", few)
+    monkeypatch.setattr(D, "_in_rounds", whole)
+    x, weight, weights, given = drawn()
+    with jax.set_mesh(make_mesh(MeshConfig(expert=RANKS), jax.devices()[:RANKS])):
+        # Traced anew: what is known of `program` was made with other buffers.
+        run = program.__wrapped__(True, 8)
+        jax.eval_shape(run, loads("even"), given, x, weight, weights)
+    tokens = TOKENS // RANKS // pieces
+    assert set(seen) == {(max(int(1.5 * tokens * K), few), (pieces, tokens, DIM))}
+
+
 def test_the_skewed_load_would_overflow_and_the_even_one_would_not():
     """What the test above rests on: rows for the fullest rank against the buffer."""
     size = D.room(TOKENS // RANKS, K, RANKS, EXPERTS // RANKS, reach=K, slack=1.5)

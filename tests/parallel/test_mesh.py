@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meshes: sizes, presets, and what is refused."""
 
+from dataclasses import dataclass
+
 import jax
+import numpy as np
 import pytest
 
 from r1jax.config import MeshConfig, ModelConfig
@@ -67,3 +70,43 @@ def test_presets():
         for_training(cfg, 512, slices=3)
     with pytest.raises(ValueError, match="length=4095"):
         for_long_rows(cfg, 512, rows=64, length=4095)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What is asked of a TPU's device."""
+
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+    @property
+    def coords(self):
+        """In a row."""
+        return (self.id % 4, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "crosses"),
+    [
+        (MeshConfig(slices=2, fsdp=2, expert=2), "slices"),
+        (MeshConfig(fsdp=4, expert=2), "fsdp"),
+        (MeshConfig(data=2, fsdp=2, expert=2), "fsdp"),
+    ],
+)
+def test_the_slow_network_lies_between_copies_or_pieces(cfg, crosses):
+    """Only along that axis do devices of two slices meet, and along it in two runs."""
+    chips = [Chip(n, n // 4) for n in range(8)]
+    mesh = make_mesh(cfg, chips)
+    slice_of = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+    for axis, name in enumerate(mesh.axis_names):
+        changes = np.abs(np.diff(slice_of, axis=axis)).sum(axis)
+        assert (changes == (name == crosses)).all(), name
+
+
+def test_a_mesh_that_slices_do_not_divide():
+    with pytest.raises(ValueError, match="mesh.slices=1 and mesh.fsdp=1 do not go with 2 slices"):
+        make_mesh(MeshConfig(expert=8), [Chip(n, n // 4) for n in range(8)])

@@ -50,8 +50,11 @@ def test_between_slices():
     assert whole[1] * 1e9 == pytest.approx(1 / 7), "one of seven parts leaves the slice"
     everyone = roofline.seconds_a_byte(sent("all-to-all", ()), CHIP, two)
     assert everyone[1] * 1e9 == pytest.approx(4 / 7), "four of seven destinations are elsewhere"
+    assert roofline.counterparts(two) == ((0, 4), (1, 5), (2, 6), (3, 7))
+    turned = [Spot(s, (x,)) for x in range(2) for s in (0, 1)]
+    assert roofline.counterparts(turned) == ((0, 1), (2, 3))
     across = roofline.seconds_a_byte(sent("all-reduce", ((0, 4),)), CHIP, two)
-    assert across[1] * 1e9 == pytest.approx(1.0)
+    assert across == (0.0, pytest.approx(1e-9)), "hosts send it"
 
 
 def test_times_of_a_program():

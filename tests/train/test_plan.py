@@ -12,9 +12,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from r1jax.cli.plan_table import write_plan, write_search
-from r1jax.config import GRPOConfig, MeshConfig, PlanConfig, SamplingConfig
+from r1jax.config import GRPOConfig, MeshConfig, OptimConfig, PlanConfig, SamplingConfig
 from r1jax.eval.plan_picture import draw
+from r1jax.nn.build import build
 from r1jax.nn.count import decode_flops, forward_flops, size, train_flops
+from r1jax.nn.param import as_used, leaves
 from r1jax.parallel import costs
 from r1jax.parallel.hlo import parse
 from r1jax.parallel.mesh import make_mesh
@@ -22,7 +24,7 @@ from r1jax.parallel.topology import Chip, Topology, devices
 from r1jax.parallel.topology import parse as parse_name
 from r1jax.train import plan_search
 from r1jax.train.failure import StageFailed
-from r1jax.train.plan import Plan, compiled, mesh_for, plan
+from r1jax.train.plan import Plan, compiled, filled, mesh_for, plan
 from r1jax.train.plan_report import report, verdict
 from tests.nn import tiny
 
@@ -149,6 +151,36 @@ def test_decoding_holds_caches_and_no_moments():
     assert found.fits
 
 
+def test_decoding_where_the_sampler_holds_its_weights():
+    """Laid out for decoding all but experts are whole, and in what layers compute with; nothing is
+    gathered that the training layout gathers."""
+    wide = dataclasses.replace(MODEL, dtype="bfloat16", hidden_size=64)
+    cfg = dataclasses.replace(CFG, model=wide, mesh=MeshConfig(expert=4, context=2))
+    sampling = dataclasses.replace(CFG.sampling, layout="training")
+    trained = dataclasses.replace(cfg, sampling=sampling)
+    held, cut = (plan(c, EIGHT, "decode", chips=jax.devices()) for c in (cfg, trained))
+    found = leaves(as_used(build(wide))).values()
+    dealt = lambda v: 4 if "expert" in v.out_sharding else 1  # noqa: E731
+    assert held.arguments["parameters"] == sum(v[...].nbytes // dealt(v) for v in found)
+    assert cut.arguments["parameters"] < held.arguments["parameters"] / 2
+
+    def gathered(found):
+        return sum(c.sent for c in found.costs.collectives if "attention" in c.op_name)
+
+    assert gathered(held) == 0 < gathered(cut)
+
+
+def test_the_share_of_a_dispatch_buffer_that_is_filled():
+    """One row a device sends 8 pairs; the least buffer is made for 256."""
+    whole = PlanConfig()
+    mesh = MeshConfig(data=2, expert=256)
+    assert filled(whole, mesh, "decode") == 8 / 256
+    assert filled(whole, MeshConfig(fsdp=8, expert=64), "train") == 1 / 1.25
+    assert filled(whole, MeshConfig(fsdp=512), "train") == 1.0
+    half = dataclasses.replace(whole, grpo=dataclasses.replace(whole.grpo, prompts=16))
+    assert filled(half, mesh, "decode") == 4 / 256, "every other device has no row"
+
+
 @pytest.mark.slow
 def test_grpo_holds_a_reference():
     found = plan(CFG, EIGHT, "grpo", chips=jax.devices())
@@ -191,6 +223,18 @@ def test_meshes_are_chosen_checked_and_named():
         with pytest.raises(ValueError, match="mesh") as error:
             mesh_for(dataclasses.replace(CFG, mesh=mesh), pod, "train")
         assert said in str(error.value)
+
+
+def test_slices_hold_copies_where_half_of_the_memory_is_left_to_a_step():
+    """671B and its MTP module: 12 bytes a value are 32 GB on each of 256 chips."""
+    one = MeshConfig()
+    whole = PlanConfig(optim=OptimConfig(moment_dtype="bfloat16"), mesh=one, rows_per_device=1)
+    copies, pieces = MeshConfig(slices=2, fsdp=4, expert=64), MeshConfig(fsdp=8, expert=64)
+    assert mesh_for(whole, parse_name("2xv6e-256"), "train") == pieces
+    assert mesh_for(whole, parse_name("2xv5p-512"), "train") == copies
+    assert mesh_for(whole, parse_name("2xv5p-256"), "train").fsdp == 4, "64 GB on each of 128"
+    settings = list(plan_search.candidates(whole, parse_name("2xv6e-256"), "train"))
+    assert {1, 2} == {c.mesh.slices for c in settings}
 
 
 def test_a_search_keeps_what_it_finds_and_goes_on(tmp_path, monkeypatch, trained):
