@@ -58,7 +58,7 @@ def operands(shape: shapes.Attention, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [shapes.ATTENTION["tiny"], (1, 6, 3, 128, 64, 64)])
+@pytest.mark.parametrize("shape", [shapes.ATTENTION["tiny"], (1, 6, 3, 100, 64, 64)])
 def test_value_and_gradient_are_those_of_float64(backend, shape):
     *qkv, given = operands(shapes.Attention(*shape), jnp.bfloat16)
     segments = documents(shape[0], shape[3])
@@ -109,17 +109,10 @@ def test_a_part_of_the_queries_is_that_part_of_the_result():
         np.testing.assert_allclose(part(start), want[:, :, :, start : start + 32], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "message"),
-    [
-        ((1, 2, 1, 100, 64, 64), jnp.bfloat16, "rows of 100 tokens"),
-        ((1, 2, 1, 128, 64, 64), np.float32, "multiplies bfloat16"),
-    ],
-)
-def test_what_the_kernel_cannot_it_says_and_the_device_then_runs_the_other(shape, dtype, message):
-    q, k, v, _ = operands(shapes.Attention(*shape), dtype)
-    segments = jnp.ones((1, shape[3]), jnp.int32)
-    with pytest.raises(Unsupported, match=message):
+def test_what_the_kernel_cannot_it_says_and_the_device_then_runs_the_other():
+    q, k, v, _ = operands(shapes.Attention(1, 2, 1, 128, 64, 64), np.float32)
+    segments = jnp.ones((1, 128), jnp.int32)
+    with pytest.raises(Unsupported, match="multiplies bfloat16"):
         causal_attention(q, k, v, segments, scale=SCALE, implementation=TPU)
     own = Backend("tpu", "v5p", explicit=False)
     out = causal_attention(q, k, v, segments, scale=SCALE, implementation=own)
@@ -134,7 +127,7 @@ def test_other_refusals():
         call(q, k, v, segments, segments, implementation=TPU)
     with pytest.raises(Unsupported, match="no kernel for GPUs"):
         call(q, k, v, segments, implementation=Backend("gpu", "h100"))
-    with pytest.raises(Unsupported, match="both divide it"):
+    with pytest.raises(Unsupported, match="multiples of 128"):
         call(q, k, v, segments, implementation=Backend("tpu", "v5p", tiles=(96, 128)))
     for bad, message in (
         ((q[0], k, v, segments), "expected"),
