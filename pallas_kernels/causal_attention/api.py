@@ -17,7 +17,7 @@ def causal_attention(
     segments_BT: jax.Array,
     keys_BS: jax.Array | None = None,
     *,
-    start: jax.Array | int = 0,
+    piece: jax.Array | int = 0,
     scale: float,
     implementation: Implementation = None,
 ) -> jax.Array:
@@ -34,8 +34,9 @@ def causal_attention(
         k_BJSK: [B, J, S, K] keys.
         v_BJSV: [B, J, S, V] values; V need not be K.
         segments_BT: [B, T] int32, the document of each query; 0 is padding, which gives 0.
-        keys_BS: [B, S] documents of the keys; None: the queries' own, S = T.
-        start: the key that the first query is, may be traced.
+        keys_BS: [B, S] documents of the keys, S a multiple of T; None: the queries' own, S = T.
+        piece: which of the S / T pieces of the rows the queries are, as on meshes that cut rows;
+            may be traced.
         scale: softmax scale.
         implementation: as in `pallas_kernels.dispatch`.
 
@@ -46,20 +47,18 @@ def causal_attention(
         ValueError: shapes or dtypes that do not fit.
         Unsupported: an implementation that was asked for and cannot.
     """
-    own = keys_BS is None
-    keys_BS = segments_BT if own else keys_BS
+    keys_BS = segments_BT if keys_BS is None else keys_BS
     _check(q_BJGTK, k_BJSK, v_BJSV, segments_BT, keys_BS)
 
     def call(backend):
         if backend.name == "xla":
-            mask_BTS = ref.causal_mask(segments_BT, keys_BS, start=start)
+            mask_BTS = ref.causal_mask(segments_BT, keys_BS, piece=piece)
             return ref.attend(q_BJGTK, k_BJSK, v_BJSV, mask_BTS, scale)
         if backend.name == "gpu":
             raise Unsupported("causal_attention has no kernel for GPUs; 'xla' runs there")
-        if not own:
-            raise Unsupported("queries that are a part of the row; 'xla' takes them")
+        segments = ref.Segments(segments_BT, keys_BS, piece)
         how = dict(scale=scale, backend=backend)
-        return _tpu().attend(q_BJGTK, k_BJSK, v_BJSV, segments_BT, **how)
+        return _tpu().attend(q_BJGTK, k_BJSK, v_BJSV, segments, **how)
 
     with jax.named_scope("causal_attention"):
         return run(implementation, call)
@@ -83,6 +82,8 @@ def _check(q, k, v, segments_BT, keys_BS) -> None:
         wrong = f"segments {list(segments_BT.shape)} must be [B, T]"
     elif keys_BS.shape != (k.shape[0], k.shape[2]):
         wrong = f"segments of the keys {list(keys_BS.shape)} must be [B, S]"
+    elif q.shape[3] == 0 or k.shape[2] % q.shape[3]:
+        wrong = "the keys' S must be a multiple of the queries' T > 0"
     elif not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
         wrong = "q, k and v must have one floating dtype"
     elif not all(jnp.issubdtype(x.dtype, jnp.integer) for x in (segments_BT, keys_BS)):

@@ -26,18 +26,33 @@ class _Blocks(NamedTuple):
     mask_nBtS: jax.Array
 
 
+class Segments(NamedTuple):
+    """Documents of packed rows, where queries may be a piece of each row.
+
+    Attributes:
+        queries_BT: [B, T] int32, the document of each query; 0 is padding.
+        keys_BS: [B, S] those of the keys, S a multiple of T.
+        piece: which of the S / T pieces of a row the queries are; may be traced.
+    """
+
+    queries_BT: jax.Array
+    keys_BS: jax.Array
+    piece: jax.Array | int
+
+
 def causal_mask(
-    segments_BT: jax.Array, keys_BS: jax.Array | None = None, *, start: jax.Array | int = 0
+    segments_BT: jax.Array, keys_BS: jax.Array | None = None, *, piece: jax.Array | int = 0
 ) -> jax.Array:
     """[B, T, S] mask: key not after the query, in the same segment; segment 0 is padding.
 
     Args:
         segments_BT: [B, T] segments of the queries.
         keys_BS: [B, S] those of the keys; the queries' own if not given.
-        start: key that the first query is.
+        piece: which stretch of T keys the queries are.
     """
     keys_BS = segments_BT if keys_BS is None else keys_BS
-    query_T, key_S = start + jnp.arange(segments_BT.shape[1]), jnp.arange(keys_BS.shape[1])
+    t = segments_BT.shape[1]
+    query_T, key_S = piece * t + jnp.arange(t), jnp.arange(keys_BS.shape[1])
     same = segments_BT[:, :, None] == keys_BS[:, None, :]
     return (key_S <= query_T[:, None]) & same & (keys_BS > 0)[:, None, :]
 

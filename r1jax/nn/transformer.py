@@ -160,7 +160,7 @@ def sight_of(segments_BT: jax.Array) -> Causal:
     if count("length") == 1:
         return Causal.of(segments_BT)
     keys_BS = gather(segments_BT, "batch", "length", along="length")
-    return Causal.of(segments_BT, keys_BS, start=index("length") * segments_BT.shape[1])
+    return Causal.of(segments_BT, keys_BS, piece=index("length"))
 
 
 def forward(model, tokens_BT, positions_BT, segments_BT) -> Output:

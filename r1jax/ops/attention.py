@@ -33,19 +33,19 @@ class Causal(NamedTuple):
         mask_BTS: [B, T, S] the same as a mask.
         segments_BT: [B, T] segments of the queries, 0 is padding.
         keys_BS: [B, S] those of the keys; None: the queries' own.
-        start: key that the first query is.
+        piece: which stretch of T keys the queries are.
     """
 
     mask_BTS: jax.Array
     segments_BT: jax.Array
     keys_BS: jax.Array | None
-    start: jax.Array | int
+    piece: jax.Array | int
 
     @classmethod
-    def of(cls, segments_BT, keys_BS=None, *, start: jax.Array | int = 0) -> "Causal":
+    def of(cls, segments_BT, keys_BS=None, *, piece: jax.Array | int = 0) -> "Causal":
         """With the mask of `causal_mask`, which nothing computes unless it is asked for."""
-        mask_BTS = causal_mask(segments_BT, keys_BS, start=start)
-        return cls(mask_BTS, segments_BT, keys_BS, start)
+        mask_BTS = causal_mask(segments_BT, keys_BS, piece=piece)
+        return cls(mask_BTS, segments_BT, keys_BS, piece)
 
 
 class LatentPart(NamedTuple):
@@ -232,9 +232,8 @@ def _by_block(q_BJGTK, k_BJSK, v_BJSV, sight: jax.Array | Causal, scale: float) 
     """[B, J, G, T, V] attention that never holds whole logits."""
     if not isinstance(sight, Causal):
         return attend(q_BJGTK, k_BJSK, v_BJSV, sight, scale)
-    return causal_attention(
-        q_BJGTK, k_BJSK, v_BJSV, sight.segments_BT, sight.keys_BS, start=sight.start, scale=scale
-    )
+    _, *segments, piece = sight
+    return causal_attention(q_BJGTK, k_BJSK, v_BJSV, *segments, piece=piece, scale=scale)
 
 
 def _by_rows(q_BTHK: jax.Array, k_BSHK: jax.Array, backend: str) -> bool:

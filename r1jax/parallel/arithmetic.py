@@ -63,7 +63,7 @@ def read_again(instruction: Instruction, operands: tuple[Array, ...]) -> float:
     if not kernel(instruction) or not found:
         return 0.0
     blocks, (q, k, v) = operands[0].dims[-2:], operands[2:5]
-    visits, backwards = _visits(*blocks), found.group(1) == "dkv"
+    visits, backwards = _visits(blocks, q, k), found.group(1) == "dkv"
     fixed = blocks[1] if backwards else blocks[0]
     moving = (q, operands[8]) if backwards else (k, v)
     return max(visits / fixed - 1.0, 0.0) * sum(a.bytes for a in moving) * _shared(q, k, backwards)
@@ -74,9 +74,12 @@ def _shared(q: Array, k: Array, backwards: bool) -> float:
     return 1.0 if backwards else q.size / k.size
 
 
-def _visits(queries: int, keys: int) -> int:
-    """Pairs of a causal mask's blocks that hold a query and a key not behind it."""
-    return sum(-(-(i + 1) * keys // queries) for i in range(queries))
+def _visits(blocks: tuple[int, int], q: Array, k: Array) -> int:
+    """Pairs of blocks that hold a query and a key not behind it, of the device with most of them:
+    queries may be a piece of their rows, and the last is."""
+    queries, keys = blocks
+    t, s = q.dims[-2], k.dims[-2]
+    return sum(-(-(s - t + (i + 1) * t // queries) * keys // s) for i in range(queries))
 
 
 def _splash(which: str, operands: tuple[Array, ...]) -> float:
@@ -84,7 +87,7 @@ def _splash(which: str, operands: tuple[Array, ...]) -> float:
     (queries, keys), (q, k, v) = operands[0].dims[-2:], operands[2:5]
     wide = sum(n * a.dims[-1] for n, a in zip(_PRODUCTS[which], (k, v), strict=True))
     rows, length = q.size // q.dims[-1], k.dims[-2]
-    return 2.0 * rows * length * wide * _visits(queries, keys) / (queries * keys)
+    return 2.0 * rows * length * wide * _visits((queries, keys), q, k) / (queries * keys)
 
 
 def _dot(out: Array, left: Array, contracting: tuple[int, ...]) -> float:

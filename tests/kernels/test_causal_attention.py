@@ -93,20 +93,28 @@ def test_what_a_query_may_not_see_changes_nothing(backend):
         assert not np.asarray(x, np.float32)[..., last:, :].any()
 
 
-def test_a_part_of_the_queries_is_that_part_of_the_result():
-    """As on meshes that cut rows: which part may be known only when it runs."""
-    q, k, v, _ = operands(shapes.Attention(2, 4, 2, 96, 8, 5), np.float32)
-    segments = jnp.asarray(documents(2, 96))
-    want = causal_attention(q, k, v, segments, scale=SCALE)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pieces_of_the_rows_are_pieces_of_the_result(backend):
+    """As on meshes that cut rows: which piece may be known only when it runs. What the pieces give
+    the keys adds up."""
+    *qkv, given = operands(shapes.Attention(2, 4, 2, 384, 64, 64), jnp.bfloat16)
+    documents_BT = documents(2, 384)
+    out, dq, dk, dv = whole(*qkv, documents_BT, given)
+    segments, size = jnp.asarray(documents_BT), 128
 
     @jax.jit
-    def part(start):
-        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, 32, axis)  # noqa: E731
-        mine = cut(q, 3), k, v, cut(segments, 1), segments
-        return causal_attention(*mine, start=start, scale=SCALE)
+    def part(piece):
+        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, piece * size, size, axis)  # noqa: E731
+        how = dict(piece=piece, scale=SCALE, implementation=backend)
+        mine = cut(segments, 1), segments
+        out, pull = jax.vjp(lambda *x: causal_attention(*x, *mine, **how), cut(qkv[0], 3), *qkv[1:])
+        return out, *pull(cut(given, 3))
 
-    for start in (0, 32, 64):
-        np.testing.assert_allclose(part(start), want[:, :, :, start : start + 32], atol=1e-6)
+    parts = [part(piece) for piece in range(3)]
+    joined = [np.concatenate([np.float64(p[i]) for p in parts], axis=3) for i in (0, 1)]
+    summed = [sum(np.float64(p[i]) for p in parts) for i in (2, 3)]
+    for mine, want in zip(joined + summed, (out, dq, dk, dv), strict=True):
+        assert error(mine, want) < BFLOAT16
 
 
 def test_what_the_kernel_cannot_it_says_and_the_device_then_runs_the_other():
@@ -123,8 +131,8 @@ def test_other_refusals():
     q, k, v, _ = operands(shapes.Attention(1, 2, 1, 128, 64, 64), jnp.bfloat16)
     segments = jnp.ones((1, 128), jnp.int32)
     call = functools.partial(causal_attention, scale=SCALE)
-    with pytest.raises(Unsupported, match="part of the row"):
-        call(q, k, v, segments, segments, implementation=TPU)
+    with pytest.raises(Unsupported, match="pieces of 64 tokens"):
+        call(q[:, :, :, :64], k, v, segments[:, :64], segments, implementation=TPU)
     with pytest.raises(Unsupported, match="no kernel for GPUs"):
         call(q, k, v, segments, implementation=Backend("gpu", "h100"))
     with pytest.raises(Unsupported, match="multiples of 128"):
@@ -135,6 +143,7 @@ def test_other_refusals():
         ((q, k, v[:, :, :5], segments), "share B, J and S"),
         ((q, k, v, segments[:, :5]), r"\[1, 5\] must be \[B, T\]"),
         ((q, k, v, segments, segments[:, :5]), r"\[1, 5\] must be \[B, S\]"),
+        ((q[:, :, :, :60], k, v, segments[:, :60], segments), "multiple of the queries' T"),
         ((q, k, v.astype(np.float32), segments), "one floating dtype"),
         ((q, k, v, segments * 1.0), "integer"),
     ):

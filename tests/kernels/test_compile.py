@@ -129,16 +129,21 @@ def test_fp8_grouped_layer(chip, name, block):
     report(name, chip, both_ways(layer), arguments, kernels=6)
 
 
-@pytest.mark.parametrize("name", ["v3-4k", "v3-32k", "qwen-1.5b-4k"])
-def test_causal_attention(chip, name):
-    b, h, g, t, k, v = shapes.ATTENTION[name]
-    j = h // g
+@pytest.mark.parametrize(
+    ("name", "pieces"), [("v3-4k", 1), ("v3-32k", 1), ("v3-32k", 8), ("qwen-1.5b-4k", 1)]
+)
+def test_causal_attention(chip, name, pieces):
+    b, h, g, s, k, v = shapes.ATTENTION[name]
+    j, t = h // g, s // pieces
 
-    def call(q, keys, values, segments, given):
+    def call(q, keys, values, segments_BT, keys_BS, piece, given):
         how = dict(scale=k**-0.5, implementation=Backend("tpu", chip))
-        out, pull = jax.vjp(lambda *x: causal_attention(*x, segments, **how), q, keys, values)
+        segments = segments_BT, keys_BS
+        attend = lambda *x: causal_attention(*x, *segments, piece=piece, **how)  # noqa: E731
+        out, pull = jax.vjp(attend, q, keys, values)
         return out, pull(given)
 
     query, result = ((b, j, g, t, k), BF16), ((b, j, g, t, v), BF16)
-    arguments = (query, ((b, j, t, k), BF16), ((b, j, t, v), BF16), ((b, t), jnp.int32), result)
-    report(f"causal_attention {name}", chip, call, arguments, kernels=3)
+    rows = ((b, j, s, k), BF16), ((b, j, s, v), BF16), ((b, t), jnp.int32), ((b, s), jnp.int32)
+    arguments = (query, *rows, ((), jnp.int32), result)
+    report(f"causal_attention {name} / {pieces}", chip, call, arguments, kernels=3)
