@@ -36,3 +36,20 @@ def test_kernels_of_attention_cost_what_their_masks_let_them_do():
     dq = once + v + 16 * one + (q + v) / 2 + q
     dkv = once + v + 16 * one + one - 1024 * 128 * 4 + (q + v) / 2 + q + v
     assert found.traffic == fwd + dq + dkv
+
+
+PIECE = """\
+ENTRY %main (a.1: s8[1,1,2], a.2: bf16[8,512,192], a.3: bf16[8,1024,192], a.4: bf16[8,1024,128]) -> bf16[8,512,128] {
+  %a.1 = s8[1,1,2]{2,1,0} parameter(0)
+  %a.2 = bf16[8,512,192]{2,1,0} parameter(1)
+  %a.3 = bf16[8,1024,192]{2,1,0} parameter(2)
+  %a.4 = bf16[8,1024,128]{2,1,0} parameter(3)
+  ROOT %splash_mha_fwd_segmented_residuals.1 = bf16[8,512,128]{2,1,0} custom-call(%a.1, %a.1, %a.2, %a.3, %a.4), custom_call_target="tpu_custom_call"
+}
+"""  # noqa: E501
+
+
+def test_of_rows_that_are_cut_the_last_piece_counts():
+    """The device that has it sees every key of its row."""
+    found = costs.measure(parse(PIECE), costs.Rules(2, costs.half))
+    assert found.flops == {"bf16": 2 * 8 * 512 * 1024 * (192 + 128)}
