@@ -101,10 +101,11 @@ class Behind:
             if not last:
                 drawn = self.collector.draw(weights, self._asked(number + 1, step + 1), number + 1)
                 flying = {"ahead": drawn, "since": np.int32(step)}
-        got = self.collector.judged(asked, ahead, step, number)
-        shown = got.shown | {"staleness": float(step - since)}
-        # From the sampler's devices to whatever the trainer has: by the host, which has read them.
-        return got._replace(rollout=jax.tree.map(np.asarray, got.rollout), shown=shown), flying
+        # From the sampler's devices to whatever reward models and the trainer have: by the host,
+        # which reads them anyway.
+        pieces = (jax.tree.map(np.asarray, piece) for piece in ahead)
+        got = self.collector.judged(asked, pieces, step, number)
+        return got._replace(shown=got.shown | {"staleness": float(step - since)}), flying
 
     def _asked(self, number: int, step: int):
         return self.collector.questions(number, self.cfg.prompts, step)

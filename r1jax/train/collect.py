@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The batch of a step: questions drawn, completions sampled, rewards judged."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,15 +77,16 @@ class Collector:
             for i, part in enumerate(self._parts(asked))
         )
 
-    def judged(self, asked: Asked, rollouts: Sequence[Rollout], step: int, drawn: int) -> Collected:
-        """What a step learns from the rollouts of the questions."""
-        waiting = [
-            self._judged(step, part.repeated(self.cfg.group_size), self.sampler.read(rollout))
-            for part, rollout in zip(self._parts(asked), rollouts, strict=True)
-        ]
+    def judged(self, asked: Asked, rollouts: Iterable[Rollout], step: int, drawn: int) -> Collected:
+        """What a step learns from the rollouts of the questions, which are read one by one."""
+        done, waiting = [], []
+        for part, rollout in zip(self._parts(asked), rollouts, strict=True):
+            done.append(self.sampler.read(rollout))
+            waiting.append(self._judged(step, part.repeated(self.cfg.group_size), done[-1]))
         verdicts = [wait() for wait in waiting]
         reward_B = np.concatenate([v.reward_B for v in verdicts])
-        return Collected(joined(rollouts), reward_B, mean_shown(verdicts), drawn + 1)
+        rollout = joined([piece.rollout for piece in done])
+        return Collected(rollout, reward_B, mean_shown(verdicts), drawn + 1)
 
     def _parts(self, asked: Asked) -> list[Asked]:
         size = self.cfg.prompts // self.cfg.pieces

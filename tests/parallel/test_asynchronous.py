@@ -14,6 +14,7 @@ from r1jax.data.template import R1
 from r1jax.io import metrics
 from r1jax.io.model import Model, save_model
 from r1jax.nn.param import as_used, specs
+from r1jax.nn.value import trunk_of, valued
 from r1jax.parallel.mesh import entered
 from r1jax.sharding import place
 from r1jax.train import grpo as grpo_module
@@ -25,11 +26,13 @@ from r1jax.train.grpo import compile_grpo, grpo_step
 from r1jax.train.judge import Rules, by_task
 from r1jax.train.runs import run_trainer
 from r1jax.train.sampler import Sampler
+from r1jax.train.start import Start, save_reward_model, state_of
 from r1jax.train.state import Controls, restart
 from r1jax.train.trained import task_words
 from tests.nn import tiny as models
 from tests.parallel.test_runs import online, values
 from tests.parallel.test_training import CFG as MOE
+from tests.parallel.test_training import QWEN2 as DENSE
 from tests.train import tiny
 from tests.train.test_runs import Cut
 from tests.train.test_stages import Watch, rows, run_in
@@ -162,10 +165,15 @@ def test_weights_cross_over_piece_by_piece(mesh, sampler):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with experts."""
+    """A model with experts, and a reward model of its vocabulary."""
     path = tmp_path_factory.mktemp("folder")
     arch = dataclasses.replace(MOE, vocab_size=tiny.VOCAB + tiny.VOCAB % 2)
     save_model(path / "moe", Model(arch, models.model(arch), task_words(R1)))
+    arch = dataclasses.replace(DENSE, vocab_size=arch.vocab_size)
+    start = Start(Model(arch, models.model(arch), task_words(R1)), None)
+    key = jax.random.key(0)
+    judge = valued(trunk_of(start.model.module), key, std=1.0)
+    save_reward_model(path / "judge", start, state_of(judge))
     return path
 
 
@@ -196,15 +204,19 @@ def traces(monkeypatch):
 
 
 def test_eight_devices_and_each_program_is_traced_once(tmp_path, folder, traces):
-    """The step on four, the rollout on the other four; and once on the trainer's, to measure."""
-    watch = Watch()
-    run_trainer(eight(folder), tmp_path / "run", display=watch)
+    """The step on four, and the reward model's scores; the rollout on the other four, and once on
+    the trainer's, to measure."""
+    watch, run = Watch(), eight(folder)
+    reward = RewardConfig(accuracy=0.0, format=0.0, model=1.0, model_path=str(folder / "judge"))
+    run = dataclasses.replace(run, grpo=dataclasses.replace(run.grpo, reward=reward))
+    run_trainer(run, tmp_path / "run", display=watch)
     assert watch.compiled[0] == watch.compiled[-1]
     assert len(traces) == len(set(traces)) == 2
     found = metrics.read(tmp_path / "run" / "metrics.jsonl")
     assert [row["staleness"] for row in found] == [0.0, 1.0, 1.0]
     assert found[0]["sampler_error"] < FLOAT32 < found[1]["sampler_error"]
     assert all(0.9 < row["importance"] < 1.1 for row in found)
+    assert all(row["model"] == pytest.approx(row["reward"]) != 0 for row in found)
 
 
 @pytest.mark.slow
