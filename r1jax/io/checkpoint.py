@@ -118,7 +118,7 @@ def restore_latest(
       ValueError: the checkpoint is of another config (the differing fields are named), or there are
         checkpoints and none of them can be read.
     """
-    found = steps(path)
+    found = hosts.by_first(lambda: steps(path))
     for step in reversed(found):
         record = _record_or_none(path, step)
         if record is None:
@@ -140,7 +140,8 @@ def restore_latest(
 
 def latest(path: str | Path) -> int | None:
     """The newest step in PATH whose meta can be read, or None; damaged ones are logged."""
-    return next((s for s in reversed(steps(path)) if _record_or_none(path, s) is not None), None)
+    found = hosts.by_first(lambda: steps(path))
+    return next((s for s in reversed(found) if _record_or_none(path, s) is not None), None)
 
 
 def steps(path: str | Path) -> list[int]:
@@ -185,7 +186,7 @@ def _record(path: str | Path, step: int) -> dict[str, Any]:
     """What `save` wrote as JSON: {"meta": the caller's, "leaves": see `_leaf_table`}."""
     folder = _folder(path, step)
     try:
-        with ocp.Checkpointer(_handler()) as reader:
+        with _reader() as reader:
             record = reader.restore(folder, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
                 "meta"
             ]
@@ -197,29 +198,56 @@ def _record(path: str | Path, step: int) -> dict[str, Any]:
 
 
 def _record_or_none(path: str | Path, step: int) -> dict[str, Any] | None:
+    """The record of a step, None where a process of the run cannot read it."""
+    record, why = None, ""
     try:
-        return _record(path, step)
+        record = _record(path, step)
     except ValueError as error:
-        _log.warning("%s; passed over", error)
-        return None
+        why = str(error)
+    if why := _told(why):
+        _log.warning("%s; passed over", why)
+    return None if why else record
+
+
+def _told(why: str) -> str:
+    """Why this process, or else another, cannot read something: all of them give it up then."""
+    return next(filter(None, [why, *hosts.exchanged(why)]), "")
 
 
 def _read(folder: Path, saved: Mapping[str, Any], abstract_tree: PyTree) -> PyTree:
-    target = jax.tree.map(_target, abstract_tree)
+    tree, why = None, ""
+    with hosts.awaiting("a checkpoint to be read"):
+        try:
+            tree = _read_here(folder, saved, jax.tree.map(_target, abstract_tree))
+        except Exception as error:  # as in _record
+            why = f"checkpoint {folder} cannot be read: {_first_line(error)}"
+    if why := _told(why):
+        raise ValueError(why)
+    return jax.tree.map(_like, tree, abstract_tree)
+
+
+def _read_here(folder: Path, saved: Mapping[str, Any], target: PyTree) -> PyTree:
+    """What of the tree this process holds."""
     items = ocp.args.Composite(
         tree=ocp.args.PyTreeRestore(
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
         )
     )
-    try:
-        with hosts.awaiting("a checkpoint to be read"), ocp.Checkpointer(_handler()) as reader:
-            tree = reader.restore(folder, args=items)["tree"]
-    except Exception as error:  # as in _record
-        raise ValueError(f"checkpoint {folder} cannot be read: {_first_line(error)}") from error
+    with _reader() as reader:
+        tree = reader.restore(folder, args=items)["tree"]
     for key, leaf in _leaf_table(tree).items():
         if None not in (sums := (leaf["crc32"], saved[key]["crc32"])) and sums[0] != sums[1]:
-            raise ValueError(f"checkpoint {folder} cannot be read: the checksum of {key} is wrong")
-    return jax.tree.map(_like, tree, abstract_tree)
+            raise ValueError(f"the checksum of {key} is wrong")
+    return tree
+
+
+def _reader() -> ocp.Checkpointer:
+    """One that waits for no other process: who cannot read must be there to say so."""
+    me = hosts.number()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+    return ocp.Checkpointer(_handler(), multiprocessing_options=alone)
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:

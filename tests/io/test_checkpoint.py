@@ -209,6 +209,24 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, caplog, damage):
         checkpoint.restore_latest(tmp_path, tree)
 
 
+@pytest.mark.parametrize("asked", ["meta", "tree"])
+def test_what_another_process_cannot_read_none_takes(tmp_path, monkeypatch, asked):
+    """Else they would go on from different steps."""
+    tree = {"w": jnp.arange(3.0)}
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, tree, meta={}, keep=2)
+    calls = []
+
+    def said(why):
+        calls.append(why)  # meta and tree of step 2, then of step 1
+        torn = len(calls) == (1 if asked == "meta" else 2)
+        return [why, "its disk says no" if torn else ""]
+
+    monkeypatch.setattr(checkpoint.hosts, "exchanged", said)
+    assert checkpoint.restore_latest(tmp_path, tree).step == 1
+    assert len(calls) == (3 if asked == "meta" else 4)
+
+
 def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="keep"):
         checkpoint.save(tmp_path, 0, {"w": W}, meta={}, keep=0)

@@ -136,6 +136,22 @@ def test_a_killed_run_goes_on(tmp_path, two, killed, processes, devices):
 
 
 @pytest.mark.slow
+def test_both_go_on_from_a_checkpoint_that_both_can_read(tmp_path, two, killed):
+    """Pieces of the newest are cut short, which one process alone needs."""
+    run, config, whole = two
+    out = shutil.copytree(killed, tmp_path / "out")
+    step = checkpoint.steps(out / "checkpoints" / run.trainer)[-1]
+    pieces = out / "checkpoints" / run.trainer / f"{step:08d}" / "tree" / "ocdbt.process_1" / "d"
+    for piece in pieces.iterdir():
+        piece.write_bytes(piece.read_bytes()[: piece.stat().st_size // 2])
+    with Run(config, out) as again:
+        assert again.ended() == [0, 0], [again.said(0), again.said(1)]
+        assert f"resumed at step {step - 1}" in again.said(0)
+    same(rows_of(out), rows_of(whole), exactly=True)
+    same_models(out, whole, 0.0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "dpo", "reward_model"])
 def test_the_other_trainers_in_two_processes(tmp_path, folder, name):  # noqa: F811
     run = dataclasses.replace(RUNS[name](folder, "dense"), mesh=MeshConfig(fsdp=8))
