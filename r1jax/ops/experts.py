@@ -174,9 +174,9 @@ def _tiled(x_TD, index_TK, weight_TK, weights, bound):
     expert_M, weight_M = index_TK.reshape(-1)[order], weight_TK.reshape(-1)[order]
     slot_M, expert_I = tile_slots(expert_M, sizes, tile_rows)
     n_tiles = expert_I.shape[0]
-    if bound is not None:  # those that are not here are written nowhere and weigh nothing
-        slot_M = jnp.where(expert_M < e, slot_M, n_tiles * tile_rows + jnp.arange(len(order)))
-        weight_M = jnp.where(expert_M < e, weight_M, 0.0)
+    # Those that are not here are written nowhere and weigh nothing.
+    slot_M = jnp.where(expert_M < e, slot_M, n_tiles * tile_rows + jnp.arange(len(order)))
+    weight_M = jnp.where(expert_M < e, weight_M, 0.0)
     rows = (
         jnp.zeros((n_tiles * tile_rows, d), x_TD.dtype)
         .at[slot_M]
@@ -186,7 +186,7 @@ def _tiled(x_TD, index_TK, weight_TK, weights, bound):
     up = lambda w: jnp.einsum("ird,idf->irf", rows, w[expert_I])  # noqa: E731
     h = gated(up(w_gate_EDF), up(w_up_EDF))
     out = jnp.einsum("irf,ifd->ird", h, w_down_EFD[expert_I]).reshape(-1, d)
-    out = out.at[slot_M].get(mode="clip" if bound else None)
+    out = out.at[slot_M].get(mode="clip")
     out = out * weight_M[:, None].astype(x_TD.dtype)
     if bound is not None:
         return jnp.zeros_like(x_TD).at[token].add(out)

@@ -84,6 +84,26 @@ def test_all_are_the_loop(case):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_expert_that_is_not_here_adds_nothing(implementation):
+    """Whatever it weighs: to the result, and to no gradient."""
+    x, index, weight, weights = arguments("spread")
+    here = np.random.default_rng(3).random(index.shape) < 0.7
+    gone = np.where(here, index, 5).astype(np.int32)
+
+    def run(weight, index):
+        how = functools.partial(experts, implementation=implementation)
+        out, back = jax.vjp(lambda *a: how(a[0], index, *a[1:]), x, weight, weights)
+        return out, back(jnp.ones_like(out))
+
+    got = jax.jit(run)(weight, gone)
+    want = jax.jit(run)(jnp.where(here, weight, 0.0), index)
+    d_weight = want[1][1] * here
+    want = want[0], (want[1][0], d_weight, want[1][2])
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=FLOAT32, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_dtype_follows_the_tokens(implementation):
     x, index, weight, weights = arguments("spread")
     run = jax.jit(functools.partial(experts, implementation=implementation))
