@@ -60,7 +60,7 @@ def join(args: argparse.Namespace) -> bool:
     global _number
     launch = hosts.launched(args.coordinator, args.processes, args.process)
     patience = peers.PATIENCE if args.patience is None else args.patience
-    if patience <= 0:
+    if not patience > 0:  # nor is nan
         raise ValueError(f"--patience must be positive, got {patience}")
     if launch is None or not hosts.start(launch, patience=patience):
         return False

@@ -8,6 +8,7 @@ and every one of them must come to each call, in the same order; alone, each cal
 import contextlib
 import json
 import os
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -69,11 +70,13 @@ def launched(
             f"coordinator, processes and process go together, got {coordinator!r}, {processes}, "
             f"{process}"
         )
-    if not coordinator.rpartition(":")[2].isdigit() or not 0 <= process < processes:
-        raise ValueError(
-            f"coordinator must be HOST:PORT and process lie in 0..{processes - 1}, got "
-            f"{coordinator!r} and {process}"
-        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
+    if processes < 1:
+        raise ValueError(f"processes must be 1 or more, got {processes}")
+    if not 0 <= process < processes:
+        raise ValueError(f"process must lie in 0..{processes - 1}, got {process}")
     return Launch(*given) if processes > 1 else None
 
 
@@ -114,9 +117,12 @@ def start(launch: Launch, *, patience: float = peers.PATIENCE, timeout: int = 30
         Whether there are others. If not all come in time, the process ends and says so.
 
     Raises:
-        ValueError: the environment does not know who takes part.
+        ValueError: the environment does not know who takes part, or another program listens at
+            the port of process 0.
     """
     global _peers
+    if launch.process == 0:
+        _check_port(launch.coordinator)
     # Its handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)
     where = f" to {launch.coordinator}" if launch.coordinator else ""
@@ -143,6 +149,17 @@ def start(launch: Launch, *, patience: float = peers.PATIENCE, timeout: int = 30
         where = exchanged(None if hub is None else hub.invitation())[0]
         _peers = Peers(jax.process_index(), jax.process_count(), hub, where, patience=patience)
     return several()
+
+
+def _check_port(coordinator: str) -> None:
+    """Refuses a port that is taken: the runtime would share it with another run, or crash."""
+    try:
+        socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
+    except OSError as error:
+        why = os.strerror(error.errno)
+        raise ValueError(
+            f"coordinator={coordinator}: process 0 cannot listen there: {why}; choose another port"
+        ) from error
 
 
 def several() -> bool:

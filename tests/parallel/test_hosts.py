@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who takes part in a run, and what a process answers that is alone."""
 
+import socket
+
 import numpy as np
 import pytest
 
@@ -48,14 +50,27 @@ def test_variables_stand_in_for_flags():
     [
         ((None, None, 0), "go together, got None, None, 0"),
         (("a:1", None, 0), "go together, got 'a:1', None, 0"),
-        (("a:1", 4, 4), r"process lie in 0\.\.3, got 'a:1' and 4"),
-        (("a", 4, 0), "coordinator must be HOST:PORT"),
+        (("a:1", 4, 4), r"^process must lie in 0\.\.3, got 4"),
+        (("a:1", 4, -1), r"^process must lie in 0\.\.3, got -1"),
+        (("a:1", 0, 0), "^processes must be 1 or more, got 0"),
+        (("a", 4, 0), "coordinator must be HOST:PORT, got 'a'"),
+        ((":1", 4, 0), "coordinator must be HOST:PORT, got ':1'"),
+        (("a:0", 4, 0), "coordinator must be HOST:PORT, got 'a:0'"),
+        (("a:65536", 4, 0), "coordinator must be HOST:PORT, got 'a:65536'"),
         (("auto", 2, None), "are not given where the environment knows them"),
     ],
 )
 def test_half_of_it_is_refused(flags, said):
     with pytest.raises(ValueError, match=said):
         hosts.launched(*flags, environ={})
+
+
+def test_a_port_that_is_taken_is_refused():
+    """The runtime would crash, or share it with the other run."""
+    with socket.create_server(("", 0)) as other:
+        where = f"localhost:{other.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"coordinator={where}: process 0 cannot listen"):
+            hosts.start(hosts.Launch(where, 2, 0))
 
 
 def test_alone_everything_answers_at_once():
