@@ -3,7 +3,10 @@
 
 import functools
 import math
+import zlib
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from r1jax.config import QuestionData
 from r1jax.data.corpus import problems
@@ -17,6 +20,7 @@ from r1jax.data.datasets import (
     shuffled,
 )
 from r1jax.data.text import TextTokenizer
+from r1jax.parallel import hosts
 from r1jax.train.progress import Progress
 from r1jax.train.questions import Asked, Questions
 
@@ -129,6 +133,7 @@ def _of_file(cfg: QuestionData, path: str, tokenizer, longest: int, progress: Pr
         progress.message(f"{path}: {len(rows.skipped)} rows skipped, the first {rows.skipped[0]}")
     answers = [_answer(q) for q in rows.items]
     asked = _asked([q.question for q in rows.items], answers, cfg, tokenizer)
+    check_alike(path, asked.ids)
     tell_unknown(progress, path, tokenizer, asked.ids)
     return _fitting(asked, path, longest, skip=cfg.skip, progress=progress)
 
@@ -146,6 +151,7 @@ def _general(cfg: QuestionData, tokenizer, longest: int, progress: Progress) -> 
         raise ValueError(f"data.general={cfg.general}: {error}") from error
     texts = [row.prompt[-1].content for row in rows.items]
     asked = Asked(texts, ids, list(rows.items))
+    check_alike(cfg.general, ids)
     tell_unknown(progress, cfg.general, tokenizer, ids)
     return _fitting(asked, cfg.general, longest, skip=cfg.skip, progress=progress)
 
@@ -178,6 +184,18 @@ def tell_unknown(
             f"warning: {path}: {lost:,} of {total:,} tokens are {tokenizer.config['unk_token']}, "
             "text that the model's tokenizer has no words for"
         )
+
+
+def check_alike(path: str, rows: Iterable[Sequence[int]]) -> None:
+    """Refuses data that is not the same for all processes, each of which reads it by itself: a
+    batch would be of both.
+
+    Raises:
+        ValueError: on all of them.
+    """
+    if hosts.several():
+        ids = b"".join(np.asarray([len(row), *row], np.int32).tobytes() for row in rows)
+        hosts.check_same(zlib.crc32(ids), path)
 
 
 def _answer(question: Question):

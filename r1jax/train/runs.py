@@ -43,7 +43,12 @@ from r1jax.nn.value import trunk_of, valued
 from r1jax.parallel import hosts
 from r1jax.parallel.mesh import entered
 from r1jax.train import answers, stages
-from r1jax.train.asked import heldout_questions, tell_unknown, training_questions
+from r1jax.train.asked import (
+    check_alike,
+    heldout_questions,
+    tell_unknown,
+    training_questions,
+)
 from r1jax.train.behind import Apart
 from r1jax.train.collect import Collector
 from r1jax.train.judge import Rules
@@ -56,6 +61,7 @@ from r1jax.train.sampler import Sampler
 from r1jax.train.start import (
     Start,
     ending_of,
+    fingerprint,
     open_start,
     save_reward_model,
     save_trained,
@@ -114,6 +120,7 @@ def _run_trainer(cfg: RunConfig, run: Run, force: bool) -> Record:
         run.progress.message(f"reading {cfg.start.path}")  # perhaps many gigabytes
     # What is wrong is refused before anything is written.
     start = open_start(cfg.start, check=fits)
+    hosts.check_same(fingerprint(start.model.module), f"start.path={cfg.start.path}")
     at_work = cfg.mesh.devices + _apart(cfg)
     if at_work < jax.device_count():
         run.progress.message(
@@ -177,7 +184,9 @@ def _sft(cfg: SFTRun, run: Run, start: Start):
         places=rows.places,
     )
     _tell_skipped(run, path, [*rows.skipped, *examples.skipped])
-    tell_unknown(run.progress, path, start.tokenizer, [ids for ids, _ in examples.items])
+    rows = [ids for ids, _ in examples.items]
+    check_alike(path, rows)
+    tell_unknown(run.progress, path, start.tokenizer, rows)
     ending = ending_of(start.model)
     packed = pack(examples.items, length=cfg.sft.length, pad_id=ending.pad_id)
     sft = cfg.sft
@@ -253,6 +262,7 @@ def _answers(cfg: DPORun | RewardModelRun, path: str, run: Run, start: Start) ->
     _tell_skipped(run, path, [*rows.skipped, *ids.skipped])
     run.progress.message(f"{path}: {len(ids.items):,} rows")
     texts = [part for item in ids.items for part in item if isinstance(part, list)]
+    check_alike(path, texts)
     tell_unknown(run.progress, path, start.tokenizer, texts)
     return made
 

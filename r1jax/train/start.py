@@ -2,6 +2,8 @@
 """The model that a run starts from, as a state to train, and back into a model folder."""
 
 import dataclasses
+import functools
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from flax import nnx
 from r1jax.config import DenseConfig, ModelConfig, StartConfig
 from r1jax.data.datasets import opened_thought
 from r1jax.data.text import UNDATED, TextTokenizer
+from r1jax.io.checkpoint import SMALL
 from r1jax.io.model import Model, open_model, save_model
 from r1jax.nn.build import blank
 from r1jax.nn.param import RouterBias, filled, leaves
@@ -85,6 +88,16 @@ def open_start(
     state = state_of(filled(blank(arch), values))
     found.tokenizer.today = UNDATED
     return Start(dataclasses.replace(found, cfg=arch, module=state.model()), state)
+
+
+def fingerprint(module: nnx.Module) -> int:
+    """A checksum of what each of several processes holds whole, the gains of norms at least: of
+    another model, or another state of it, they differ. Alone a process has nothing to compare."""
+    if not hosts.several():
+        return 0
+    values = (v.get_value() for v in leaves(module).values())
+    whole = (x for x in values if x.is_fully_replicated and x.nbytes <= SMALL)
+    return functools.reduce(lambda crc, x: zlib.crc32(hosts.read(x).tobytes(), crc), whole, 0)
 
 
 def state_of(module: nnx.Module) -> TrainState:

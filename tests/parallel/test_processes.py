@@ -251,6 +251,8 @@ def test_wrong_input_is_one_line_on_all(tmp_path, folder):  # noqa: F811
         (run, "import sys; sys.argv.append(f'--seed={me}')", "the config, --out or --force of"),
         (run, "import os; os.chdir('/') if me else None", "the config, --out or --force of"),
         (run, UNREADABLE, "sft.jsonl cannot be read"),
+        (run, OTHER_ROWS, "sft.jsonl of process 1 is another than process 0's"),
+        (run, OTHER_MODEL, "/dense of process 1 is another than process 0's"),
         (tiny.recipe(), "", "is the whole recipe, which runs in one process"),
     )
     for i, (case, before, said) in enumerate(cases):
@@ -270,4 +272,27 @@ if me == 1:
     # As if it came from the library, which it does: wrong input, not a fault.
     refuses = type(refuses)(refuses.__code__.replace(co_filename=runs.__file__), globals())
     runs.conversations = refuses
+"""
+
+OTHER_ROWS = """
+if me == 1:
+    from r1jax.train import runs
+    read = runs.conversations
+    def turned(path, skip):
+        rows = read(path, skip=skip)
+        return runs.dataclasses.replace(rows, items=rows.items[::-1])
+    runs.conversations = turned
+"""
+
+OTHER_MODEL = """
+if me == 1:
+    from r1jax.nn.param import filled, leaves
+    from r1jax.train import start
+    read = start.open_model
+    def trained_on(path, **how):
+        found = read(path, **how)
+        values = {name: v.get_value() for name, v in leaves(found.module).items()}
+        values["norm.weight"] += 1e-3
+        return start.dataclasses.replace(found, module=filled(found.module, values))
+    start.open_model = trained_on
 """

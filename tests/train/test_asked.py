@@ -8,7 +8,8 @@ import pytest
 
 from r1jax.config import Difficulty, QuestionData
 from r1jax.data.template import R1
-from r1jax.train.asked import heldout_questions, mixed, training_questions
+from r1jax.parallel import hosts
+from r1jax.train.asked import check_alike, heldout_questions, mixed, training_questions
 from r1jax.train.progress import Silent
 from r1jax.train.questions import Asked
 from r1jax.train.trained import task_words
@@ -74,3 +75,14 @@ def test_questions_of_a_file_come_once_an_epoch(tmp_path):
         assert asked.answers == [str(int(p.split()[1]) + 1) for p in asked.prompts]
     heldout = heldout_questions(data, task_words(R1), 4, **HOW)
     assert len(set(heldout.prompts)) == 4
+
+
+def test_data_of_another_process_that_is_another_is_refused(monkeypatch):
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    said = []
+    monkeypatch.setattr(hosts, "exchanged", lambda x: said.append(x) or [said[0], x])
+    check_alike("q.jsonl", [[1, 2], [3]])
+    check_alike("q.jsonl", [[1, 2], [3]])
+    for other in ([[3], [1, 2]], [[1], [2, 3]], [[1, 2]]):
+        with pytest.raises(ValueError, match=r"q\.jsonl of process 1 is another than process 0's"):
+            check_alike("q.jsonl", other)
