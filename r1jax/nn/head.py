@@ -39,14 +39,14 @@ class Head(NamedTuple):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """[B, T, N] float32 logits of all columns."""
-        (b, t, _), dtype = hidden_BTD.shape, hidden_BTD.dtype
+        (b, t, d), dtype = hidden_BTD.shape, hidden_BTD.dtype
         if self.tied and b * t <= FEW and platform() == "cpu":
             # The embedding times the rows: XLA:CPU transposes it for rows times the embedding.
             whole_ND = param.whole(self.weight, self.dtype).astype(dtype)
-            rows_XD = hidden_BTD.reshape(b * t, -1)
+            rows_XD = hidden_BTD.reshape(b * t, d)
             how = dict(preferred_element_type=jnp.float32)
             logits_NX = jnp.einsum("nd,xd->nx", whole_ND, rows_XD, **how)
-            return jax.lax.optimization_barrier(logits_NX).T.reshape(b, t, -1)
+            return jax.lax.optimization_barrier(logits_NX).T.reshape(b, t, len(whole_ND))
         head_DN = self.whole_DN().astype(dtype)
         return jnp.einsum("btd,dn->btn", hidden_BTD, head_DN, preferred_element_type=jnp.float32)
 

@@ -63,6 +63,7 @@ def test_logits_of_few_rows_and_of_many(cfg):
     few = model.output_head().logits(hidden[:2])
     np.testing.assert_allclose(few, many[:2], rtol=SAME, atol=SAME)
     np.testing.assert_allclose(model.output_head().logits(hidden), many, rtol=SAME, atol=SAME)
+    assert model.output_head().logits(hidden[:0]).shape == (0, *many.shape[1:])
 
 
 @settings(max_examples=5)
