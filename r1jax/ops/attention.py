@@ -237,7 +237,12 @@ def _by_block(q_BJGTK, k_BJSK, v_BJSV, sight: jax.Array | Causal, scale: float) 
 
 
 def _by_rows(q_BTHK: jax.Array, k_BSHK: jax.Array, backend: str) -> bool:
-    """Whether a CPU attends a row at a time: rows of many logits, but not yet `LONG`."""
+    """Whether a CPU attends a row at a time: rows of many logits, but not yet `LONG`.
+
+    Rows that an Explicit mesh may have cut are not gone through one by one.
+    """
+    if jax.sharding.get_abstract_mesh().are_all_axes_explicit:
+        return False
     t, s = q_BTHK.shape[1], k_BSHK.shape[1]
     return backend == "cpu" and t * s < LONG and t * s * q_BTHK.shape[2] >= MANY
 

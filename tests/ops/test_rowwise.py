@@ -75,6 +75,25 @@ def test_mla_naive_is_the_same_either_way(monkeypatch):
     assert called
 
 
+def test_rows_that_an_explicit_mesh_cuts(monkeypatch):
+    monkeypatch.setattr(attention, "MANY", 1)
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    rows, mask = (draw(B, T, H, K), draw(B, T, H, R), draw(B, T, 5), draw(B, T, R)), jnp.tri(T) > 0
+    up = draw(5, H, K), draw(5, H, V)
+
+    def run(q, q_rope, c, k_rope):
+        part = LatentPart(c, k_rope, jnp.broadcast_to(mask, (B, T, T)))
+        return mla_naive(q, q_rope, part, *up, scale=SCALE)
+
+    whole = run(*rows)
+    mesh = jax.make_mesh((B,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        cut = jax.jit(run)(*jax.device_put(rows, jax.NamedSharding(mesh, jax.P("data"))))
+    assert cut.sharding.spec[0] == "data"
+    np.testing.assert_allclose(cut, whole, rtol=FLOAT32, atol=FLOAT32)
+
+
 def test_who_attends_by_rows():
     q, k = jnp.zeros((1, 256, 8, 1)), jnp.zeros((1, 256, 8, 1))
     assert attention._by_rows(q, k, "cpu")
