@@ -73,7 +73,8 @@ def save(path: str | Path, step: int, tree: PyTree, *, meta: dict[str, Any], kee
     with hosts.awaiting("a checkpoint to be written"), ocp.Checkpointer(_handler()) as writer:
         writer.save(target, args=items)
     if hosts.is_first():
-        _prune(Path(path), step, keep)
+        with hosts.unhurried():
+            _prune(Path(path), step, keep)
     return target
 
 

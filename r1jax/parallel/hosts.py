@@ -194,6 +194,12 @@ def awaiting(what: str) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if _peers is None else _peers.awaiting(what)
 
 
+def unhurried() -> contextlib.AbstractContextManager[None]:
+    """Where this process does alone what may take long, as deleting large files; others may come
+    to where they wait for it."""
+    return contextlib.nullcontext() if _peers is None else _peers.unhurried()
+
+
 def leave(code: int, why: str) -> None:
     """Says goodbye; with a reason the others end too, with the same exit status.
 
@@ -233,7 +239,8 @@ def by_first(do: Callable[[], Any]) -> Any:
     said: dict[str, Any] = {}
     if is_first():
         try:
-            said["value"] = do()
+            with unhurried():
+                said["value"] = do()
         except ValueError as error:
             said["error"] = str(error)
     said = exchanged(said)[0]

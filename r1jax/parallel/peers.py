@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 
 PATIENCE = 45.0  # seconds that all may wait for one
 SILENCE = 30.0  # seconds without a sign of life after which a process is given up
-FIRST = 10.0  # times the patience while programs are compiled: in the first step of a stage
+# Times the patience while programs are compiled, in the first step of a stage, and while a process
+# does alone what takes as long as it takes.
+FIRST = 10.0
 PULSE = 1.0  # seconds between two signs of life
 LAST_WORDS = 5.0  # seconds that process 0 stays for the others to end first
 FAILED, WRONG = 1, 2  # exit statuses, as the command line has them
@@ -35,7 +37,7 @@ class Status(NamedTuple):
         count: of all waits so far: the same on all processes that have come as far.
         stage, step: as in the metrics.
         doing: "working", or what it waits for.
-        first: whether no step of the stage has been done yet.
+        first: whether no step of the stage has been done yet, or it is `unhurried`.
     """
 
     count: int = 0
@@ -189,6 +191,17 @@ class Peers:
         yield
         with self._lock:
             self._status = self._status._replace(doing=Status().doing)
+
+    @contextlib.contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """This process does something alone meanwhile, which may take long."""
+        with self._lock:
+            before, self._status = self._status.first, self._status._replace(first=True)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._status = self._status._replace(first=before)
 
     def leave(self, code: int, why: str) -> None:
         """Goodbye, or the end of all."""

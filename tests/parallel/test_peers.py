@@ -110,6 +110,23 @@ def test_who_does_not_come_is_told_by_all(two, who):
         assert f"process {who} hangs in stage sft, step 4, working" in why
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_who_works_alone_has_time(two, who):
+    """As for deleting an old checkpoint; not for ever, and no longer than that."""
+    both = two(patience=0.5)
+    for one in both.of:
+        one.at("sft", 4, first=False)
+    alone = both.of[who].unhurried()
+    alone.__enter__()
+    both.of[1 - who].awaiting("the device").__enter__()
+    time.sleep(3)
+    assert all(ends.empty() for ends in both.ends)
+    alone.__exit__(None, None, None)
+    code, why = both.end(0)
+    assert code == 1
+    assert f"process {who} hangs in stage sft, step 4, working" in why
+
+
 def test_a_stranger_is_turned_away(monkeypatch):
     monkeypatch.setattr(peers, "LAST_WORDS", 0.5)
     monkeypatch.setattr(peers, "SILENCE", 1.0)
