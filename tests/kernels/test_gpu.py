@@ -126,7 +126,8 @@ def grouped_products(m, sizes, implementation):
     return [error(got, np.float64(want)) for got, want in zip(*both, strict=True)]
 
 
-RAGGED = [(300, [0, 70, 130, 5]), (40, [3, 0, 20, 0]), (400, [1, 64, 0, 335])]
+# The last has results of three warpgroups.
+RAGGED = [(300, [0, 70, 130, 5]), (40, [3, 0, 20, 0]), (400, [1, 64, 0, 335]), (600, [70, 400])]
 
 
 @simulated
