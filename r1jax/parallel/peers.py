@@ -121,7 +121,7 @@ class _Line:
             return  # whoever reads will see that it is closed
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """What has come; None: it is closed."""
+        """What has come; None: it is closed, or no process of a run is at its other end."""
         try:
             data = self.sock.recv(1 << 16)
         except TimeoutError:
@@ -131,7 +131,10 @@ class _Line:
         if not data:
             return None
         *lines, self._rest = (self._rest + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        try:
+            return [dict(json.loads(line)) for line in lines]
+        except (ValueError, TypeError):
+            return None
 
 
 class Peers:

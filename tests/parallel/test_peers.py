@@ -127,6 +127,18 @@ def test_who_works_alone_has_time(two, who):
     assert f"process {who} hangs in stage sft, step 4, working" in why
 
 
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n", b"7\n", b"[1]\n", b"\xff\n"])
+def test_who_speaks_another_language_is_turned_away(monkeypatch, said):
+    """Somebody scans the machine's ports."""
+    monkeypatch.setattr(peers, "LAST_WORDS", 0.5)
+    monkeypatch.setattr(peers, "SILENCE", 1.0)
+    hub = peers.hub()
+    with socket.create_connection(("127.0.0.1", hub.invitation()["port"])) as scanner:
+        scanner.sendall(said)
+        with pytest.raises(ValueError, match=r"processes \[1\] cannot reach process 0"):
+            Peers(0, 2, hub, {})
+
+
 def test_a_stranger_is_turned_away(monkeypatch):
     monkeypatch.setattr(peers, "LAST_WORDS", 0.5)
     monkeypatch.setattr(peers, "SILENCE", 1.0)
