@@ -17,6 +17,9 @@
 The clips stand where the config names none. A ratio of sequences is a geometric mean: GRPO's clip
 would never touch it. CISPO's weights lie between 1 − low and 1 + high.
 
+With `importance_cap` each token's gradient is weighed by itself, in gspo as in gspo_token. Where
+the ratio is that of a whole output, a row is weighed by the mean of its tokens' weights.
+
 On the first update of a batch every ratio is 1, and the gradient of `rloo` and of the two others of
 its kind is REINFORCE's.
 """
@@ -111,7 +114,9 @@ def _dapo(cfg: UpdateConfig) -> Objective:
 
 
 def _gspo(cfg: UpdateConfig) -> Objective:
-    loss = _clipped(rl.gspo_loss, cfg, 3e-4, 4e-4)
+    # Corrected for the sampler each token has an advantage of its own; else the two are one.
+    by_token = cfg.importance_cap is not None
+    loss = _clipped(rl.gspo_token_loss if by_token else rl.gspo_loss, cfg, 3e-4, 4e-4)
     return Objective(_group(cfg), rl.token_weights_sequence_mean, loss)
 
 

@@ -148,3 +148,20 @@ def test_scale_ddof_and_eps_reach_the_advantages():
     np.testing.assert_allclose(gradient("grpo", LOGP, beta=0.0, scale="none")[2], GROUPED)
     half = gradient("grpo", LOGP, beta=0.0, eps=1e3)[2]
     np.testing.assert_allclose(half, GROUPED / 1e3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("output_grpo", "rloo")])
+def test_each_token_is_weighed_for_the_sampler_by_itself(name):
+    """But where the ratio is that of a whole output: there a row's mean weighs it."""
+    objective = objective_of(UpdateConfig(objective=name, beta=0.0, importance_cap=2.0))
+    importance = RNG.uniform(0.2, 2.0, MASK.shape).astype(np.float32)
+    advantage = objective.advantages(REWARD, {"mask": MASK}, GROUP)
+    advantage = np.broadcast_to(np.asarray(advantage).reshape(ROWS, -1), MASK.shape)
+    weight = objective.weights(MASK)
+
+    def gradient(advantage):
+        loss = lambda x: objective.loss(x, LOGP, None, advantage, MASK, weight_BT=weight)[0]  # noqa: E731
+        return np.asarray(jax.grad(loss)(jnp.asarray(LOGP)))
+
+    got, plain = gradient(advantage * importance), gradient(advantage)
+    np.testing.assert_allclose(got, plain * importance, rtol=1e-5, atol=1e-6)
