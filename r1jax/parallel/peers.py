@@ -209,7 +209,7 @@ class Peers:
     def leave(self, code: int, why: str) -> None:
         """Goodbye, or the end of all."""
         if not why:
-            for line in self._lines.values():
+            for line in list(self._lines.values()):  # the thread may take one out
                 line.send(bye=True)
             return
         self._left = (code, f"process {self.index}, in {self._status.place()}: {why}")
