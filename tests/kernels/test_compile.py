@@ -136,14 +136,12 @@ def test_causal_attention(chip, name, pieces):
     b, h, g, s, k, v = shapes.ATTENTION[name]
     j, t = h // g, s // pieces
 
-    def call(q, keys, values, segments_BT, keys_BS, piece, given):
-        how = dict(scale=k**-0.5, implementation=Backend("tpu", chip))
-        segments = segments_BT, keys_BS
-        attend = lambda *x: causal_attention(*x, *segments, piece=piece, **how)  # noqa: E731
-        out, pull = jax.vjp(attend, q, keys, values)
+    def call(qkv, segments, piece, given):
+        how = dict(piece=piece[0], scale=k**-0.5, implementation=Backend("tpu", chip))
+        out, pull = jax.vjp(lambda *x: causal_attention(*x, *segments, **how), *qkv)
         return out, pull(given)
 
-    query, result = ((b, j, g, t, k), BF16), ((b, j, g, t, v), BF16)
-    rows = ((b, j, s, k), BF16), ((b, j, s, v), BF16), ((b, t), jnp.int32), ((b, s), jnp.int32)
-    arguments = (query, *rows, ((), jnp.int32), result)
+    qkv = ((b, j, g, t, k), BF16), ((b, j, s, k), BF16), ((b, j, s, v), BF16)
+    segments = ((b, t), jnp.int32), ((b, s), jnp.int32)
+    arguments = (qkv, segments, ((1,), jnp.int32), ((b, j, g, t, v), BF16))
     report(f"causal_attention {name} / {pieces}", chip, call, arguments, kernels=3)
