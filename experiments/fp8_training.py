@@ -2,7 +2,11 @@
 """Pre-trains the laptop's DeepSeek shape in float32 and by the FP8 recipe: same data, same seeds.
 
     python experiments/fp8_training.py --out runs/fp8 --arms float32 fp8 --seeds 0 1 2
+    python experiments/fp8_training.py --out runs/text --data source --arms float32 fp8
     python experiments/fp8_training.py --out runs/fp8 --report
+
+The quickstart's task text is learnt by heart, so that a last loss is a race to zero; Python's own
+source code, byte by byte, is not.
 
 Each arm is trained in a process of its own, what is there is not trained again. Three arms leave a
 choice of the recipe out: `per_tensor` has one scale a tensor, `no_promotion` sums the blocks of a
@@ -17,6 +21,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import sysconfig
 import time
 
 import jax
@@ -28,6 +33,7 @@ from matplotlib.figure import Figure
 from r1jax import optim
 from r1jax.config import FP8Config, quickstart
 from r1jax.data import corpus
+from r1jax.data.packing import Packed
 from r1jax.data.tokenizer import task_tokenizer
 from r1jax.nn.build import build
 from r1jax.ops import experts, linear
@@ -115,9 +121,30 @@ def replace_recipe(block, summed, gradient):
     linear.fp8_linear, experts.fp8_grouped_linear = whole, grouped
 
 
-def config(arm: str, block: int):
+def source(length: int) -> Packed:
+    """Python's standard library as bytes, cut into rows of `length`."""
+    files = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = np.frombuffer(b"".join(f.read_bytes() for f in files), np.uint8).astype(np.int32)
+    rows = len(text) // length - 1
+    tokens, targets = (text[i : i + rows * length].reshape(rows, length) for i in (0, 1))
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    return Packed(tokens, targets, positions, np.ones_like(tokens), np.ones(tokens.shape, "f4"))
+
+
+def tasks_text(cfg, steps: int, seed: int) -> Packed:
+    """What the quickstart pre-trains on."""
+    tasks, sft = cfg.tasks, cfg.pretrain
+    words = Words(tasks, task_tokenizer(), template_of(tasks))
+    how = dict(tasks=words.mixture(), template=words.template, tokenizer=words.tokenizer)
+    how |= dict(length=sft.length, difficulty=tasks.difficulty)
+    return corpus.pretrain_corpus(32 * steps, seed=seed, **how)
+
+
+def config(arm: str, block: int, data: str):
     """The model of an arm; what the arm replaces is replaced."""
     model = quickstart().model
+    if data == "source":
+        model = dataclasses.replace(model, vocab_size=256)
     if arm in ("float32", "bfloat16"):
         return dataclasses.replace(model, dtype=arm)
     if arm != "fp8":
@@ -128,9 +155,7 @@ def config(arm: str, block: int):
 
 def train(args, arm: str) -> None:
     """Trains an arm for each seed and writes its losses."""
-    cfg = quickstart()
-    model, tasks = config(arm, args.block), cfg.tasks
-    words = Words(tasks, task_tokenizer(), template_of(tasks))
+    cfg, model = quickstart(), config(arm, args.block, args.data)
     sft = dataclasses.replace(cfg.pretrain, steps=args.steps)
     optimizer = optim.adamw(dataclasses.replace(sft.optim, moment_dtype=args.moments))
     step_jit = compile_supervised(optimizer, mtp_weight=sft.mtp_weight)
@@ -138,9 +163,8 @@ def train(args, arm: str) -> None:
         file = args.out / f"{arm}_{seed}.json"
         if file.exists():
             continue
-        how = dict(tasks=words.mixture(), template=words.template, tokenizer=words.tokenizer)
-        how |= dict(length=sft.length, difficulty=tasks.difficulty)
-        packed = corpus.pretrain_corpus(32 * args.steps, seed=seed, **how)
+        by_heart = args.data == "tasks"
+        packed = tasks_text(cfg, args.steps, seed) if by_heart else source(sft.length)
         state = create(lambda: build(model), optax.identity(), jax.random.key(seed))
         state, rows, began = restart(state, optimizer), [], time.perf_counter()
         for step in range(args.steps):
@@ -197,6 +221,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--block", type=int, default=16)
+    parser.add_argument("--data", choices=("tasks", "source"), default="tasks")
     parser.add_argument("--moments", default="float32", help="dtype of Adam's moments")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
