@@ -50,7 +50,8 @@ def row(facts: dict, cfg: PlanConfig, changes: tuple[tuple[str, str], ...]) -> l
         return [*first, memory, "no", "–", "–", "–", took]
     ratio = facts["counted_flops"] / facts["model_flops"]
     mfu = "{serial:.1%}–{overlapped:.1%}".format(**facts["mfu"])
-    fits, sent = "yes" if facts["fits"] else "no", f"{facts['collective_gb']:.1f}"
+    fits, gb = "yes" if facts["fits"] else "no", facts["collective_gb"]
+    sent = f"{gb:,.0f}" if gb > 1 else f"{gb:.2f}"
     return [*first, memory, fits, sent, f"{ratio:.2f}", mfu, took]
 
 

@@ -17,7 +17,8 @@ the 671B takes minutes and a few GB.
 
   --what=train    one optimizer step: packed rows, MTP, bias update (the default)
   --what=grpo     one GRPO step: reference, policy, group advantages, KL, update
-  --what=decode   one token for every row of a GRPO batch, at the end of its context
+  --what=decode   one token for every row of a GRPO batch, at the end of its context,
+                  the weights lying where sampling.layout has them
 
 NAME is a pod as Google names it: v5p-1024, v4-1024 and tpu7x-256 count TensorCores
 (two a chip), v5e-256 and v6e-256 chips; 2xv6e-256 is two slices; v5p:8x8x8 is a torus.

@@ -216,11 +216,10 @@ def _branches(one: Instruction) -> Iterator[str]:
 
 def _callee(program: Program, one: Instruction) -> str | None:
     """The computation that runs in its place. On tpu7x collectives stand in library calls."""
-    if one.opcode == "call":
-        return one.called("to_apply")
-    if one.opcode == "async-start":
-        return one.called("calls")
-    found = _LIBRARY.search(one.attributes) if one.opcode == "custom-call" else None
+    opcode = one.opcode.removesuffix("-start")
+    if opcode in ("call", "async"):
+        return one.called("to_apply" if opcode == "call" else "calls")
+    found = _LIBRARY.search(one.attributes) if opcode == "custom-call" else None
     inner = program.computations.get(found.group(1)) if found else None
     holds = inner and any(_kind(inner, i) for i in inner.instructions.values())
     return inner.name if holds else None

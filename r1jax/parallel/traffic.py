@@ -20,7 +20,7 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> flo
     A slice reads what it cuts out; an update in place writes what it puts in; a fusion does so for
     the operands that it only slices and the result that it only updates.
     """
-    if one.opcode in _STILL or one.opcode.endswith("-done") or _marks(one):
+    if one.opcode in _STILL or one.opcode.endswith(("-done", "-call-update")) or _marks(one):
         return 0.0
     operands = [computation.instructions.get(name) for name in one.operands]
     read = [_main(o.arrays) if o is not None else 0.0 for o in operands]

@@ -116,10 +116,10 @@ def knob(plan: Plan, cfg: PlanConfig) -> str:
     hbm = plan.topology.chip.hbm / GB
     if arguments > 0.9 * hbm:
         largest = max(plan.arguments, key=plan.arguments.__getitem__)
-        return (
-            f"its arguments alone take {arguments:.1f} GB, most of it the {largest}: take more "
-            "devices, or give axes that copy parameters (mesh.data) to mesh.fsdp"
-        )
+        helps = "take more devices, or give axes that copy parameters (mesh.data) to mesh.fsdp"
+        if plan.what == "decode" and cfg.sampling.layout == "decoding":
+            helps = "raise mesh.tensor, or leave the weights cut: sampling.layout=training"
+        return f"its arguments alone take {arguments:.1f} GB, most of it the {largest}: {helps}"
     start = f"temporaries take {temporary:.1f} GB"
     if plan.what == "train":
         pieces = cfg.micro_batches

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts of collectives that other cores and hosts run."""
 
+import pytest
+
 from r1jax.parallel import costs
 from r1jax.parallel.groups import along
 from r1jax.parallel.hlo import parse
@@ -44,8 +46,18 @@ APART = ((0, 4), (1, 5), (2, 6), (3, 7))
 RULES = costs.Rules(8, costs.half, apart=APART)
 
 
-def test_collectives_that_other_cores_and_hosts_run():
-    found = costs.measure(parse(ELSEWHERE), RULES)
+# The same in the words that a finished program is written in.
+FINISHED = ELSEWHERE.replace(
+    'async-start(%a.2), async_execution_thread="sparsecore", calls=%other.1\n',
+    'custom-call-start(), async_execution_thread="sparsecore", custom_call_target="TODO", '
+    "called_computations={%library.1}\n  %s.3 = ((bf16[64,128]{1,0}), bf16[256,128]{1,0}, u32[]) "
+    "custom-call-update(%s.1)\n",
+)
+
+
+@pytest.mark.parametrize("text", [ELSEWHERE, FINISHED], ids=["dumped", "finished"])
+def test_collectives_that_other_cores_and_hosts_run(text):
+    found = costs.measure(parse(text), RULES)
     sizes, row = dict(slices=2, fsdp=4), 128 * 2
     moved = {(c.kind, along(c.groups, sizes)): c.sent for c in found.collectives}
     assert moved == {

@@ -115,6 +115,8 @@ def test_what_does_not_fit_is_said_in_one_line(trained):
         assert word in verdict(small, dataclasses.replace(CFG, **change))
     tight = trained._replace(topology=EIGHT._replace(chip=CHIP._replace(hbm=1e3)))
     assert "arguments alone" in verdict(tight, CFG)
+    assert "mesh.fsdp" in verdict(tight, CFG)
+    assert "sampling.layout=training" in verdict(tight._replace(what="decode"), CFG)
 
 
 class Short:
@@ -304,12 +306,22 @@ def test_the_need_of_a_program_too_large_holds_its_arguments():
 
 @libtpu
 @pytest.mark.slow
-def test_a_step_is_compiled_for_a_tpu_that_is_not_there():
+@pytest.mark.parametrize(
+    ("pod", "mesh"),
+    [
+        ("v5e-4", MeshConfig(fsdp=2, expert=2)),
+        ("tpu7x-8", MeshConfig(fsdp=4, expert=2)),  # cores of their own run its collectives
+        ("2xv5e-4", MeshConfig(fsdp=4, expert=2)),  # half of each group is on the other slice
+    ],
+)
+def test_a_step_is_compiled_for_a_tpu_that_is_not_there(pod, mesh):
     wide = dataclasses.replace(MODEL, num_layers=2, dtype="bfloat16", remat=True)
-    cfg = dataclasses.replace(CFG, model=wide, mesh=MeshConfig(fsdp=2, expert=2))
-    found = plan(cfg, parse_name("v5e-4"), "train")
+    cfg = dataclasses.replace(CFG, model=wide, mesh=mesh)
+    found = plan(cfg, parse_name(pod), "train")
     assert found.fits
     assert found.arguments["optimizer"] > found.arguments["parameters"]
     facts = report(found, cfg)
     assert "ragged-all-to-all" in facts["collectives_gb"]
+    assert facts["collectives_gb"]["all-gather"]["fsdp"] > 0
     assert 1.0 < facts["counted_flops"] / facts["model_flops"] < 3.0
+    assert (facts["seconds"]["network"] > 0) == pod.startswith("2x")
