@@ -28,7 +28,7 @@ ROWS = (
     ("v6e-256", "decode", (("grpo.prompts", "16"), ("mesh.expert", "128"), ("mesh.tensor", "2"))),
     ("v5p-1024", "train", ()),
     ("v5p-1024", "train", (("rows_per_device", "6"), ("length", "8192"))),
-    ("2xv6e-256", "train", (("rows_per_device", "1"),)),
+    ("2xv6e-256", "train", (("rows_per_device", "1"), ("model.moe.dispatch_pieces", "16"))),
     ("tpu7x-256", "train", (FP8,)),
 )
 HEADINGS = ("pod", "program", "changed", "chips", "mesh", "rows × tokens", "GB a device", "fits",
