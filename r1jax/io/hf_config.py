@@ -213,7 +213,14 @@ def _deepseek(f: Fields) -> ModelConfig:
 def _dense(f: Fields, *, qkv_bias: bool, qk_norm: bool, tied: bool) -> DenseConfig:
     heads, width = f.integer("num_attention_heads"), f.integer("hidden_size")
     layers = f.integer("num_hidden_layers")
-    f.only({"layer_types": (["full_attention"] * layers,), "use_sliding_window": (False,)})
+    kinds = f.get("layer_types", [])
+    full = isinstance(kinds, list) and len(kinds) == kinds.count("full_attention")
+    if not full or len(kinds) not in (0, layers):
+        raise ValueError(
+            f"{f.where}: layer_types={kinds!r} is not supported, 'full_attention' for each of "
+            f"{layers} layers is"
+        )
+    f.only({"use_sliding_window": (False,)})
     if f.get("head_dim", None) is None and width % heads:
         raise ValueError(f"hidden_size={width} is no multiple of num_attention_heads={heads}")
     return DenseConfig(

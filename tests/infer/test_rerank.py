@@ -74,6 +74,7 @@ def test_the_token_after_the_drafts_is_the_main_models(drafts):
     assert generation.counts.drafted == 4 * generation.counts.accepted > 0
 
 
+@pytest.mark.slow
 def test_the_candidates_come_from_the_modules_own_distribution():
     """Candidates beside a shared cache are drafted as by feeding each to a cache of its own."""
     module, rules = model(), Rules(drafts=3, rerank=5)

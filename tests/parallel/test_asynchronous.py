@@ -203,6 +203,7 @@ def traces(monkeypatch):
         cached.cache_clear()
 
 
+@pytest.mark.slow
 def test_eight_devices_and_each_program_is_traced_once(tmp_path, folder, traces):
     """The step on four, and the reward model's scores; the rollout on the other four, and once on
     the trainer's, to measure."""

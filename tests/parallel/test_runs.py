@@ -114,6 +114,7 @@ def check(tmp_path, run, mesh):
     assert len(jax.tree.leaves(theirs)) == len(ours)
 
 
+@pytest.mark.slow
 def test_sft_on_a_mesh_is_sft_on_one_device(tmp_path, folder):
     check(tmp_path, RUNS["sft"](folder, "moe"), EIGHT)
 
