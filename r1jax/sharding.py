@@ -30,6 +30,7 @@ RULES: Rules = (
     ("mlp", "tensor"),
     ("vocab", "tensor"),
     ("expert", "expert"),
+    ("routed", None),
     ("layers", None),
     ("latent", ("fsdp", "expert", "context")),
 )
@@ -40,7 +41,7 @@ DECODING: Rules = (
     ("length", None),
     ("embed", None),
     ("latent", None),
-    *(rule for rule in RULES if rule[0] in ("heads", "mlp", "vocab", "expert", "layers")),
+    *(rule for rule in RULES if rule[0] in ("heads", "mlp", "vocab", "expert", "routed", "layers")),
 )
 TILE = 128  # rows that a TPU keeps together
 
@@ -221,6 +222,12 @@ def unpartitioned(*axes: str) -> int:
     if mesh.empty or mesh.manual_axes or not any(_names(spec(axis)) for axis in axes):
         return 0
     return math.prod(mesh.shape[n] for n in _names(spec("batch")))
+
+
+def pieces(axis: str) -> int:
+    """Pieces that the mesh in force cuts a logical axis into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[n] for n in _names(spec(axis)))
 
 
 def _dividing(size: int, names: tuple[str, ...], mesh) -> tuple[str, ...] | None:

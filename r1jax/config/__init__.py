@@ -5,7 +5,7 @@ Only programs (`r1jax.train`, `r1jax.eval`) see the whole; a module is given its
 sub-config and an op is given scalars.
 """
 
-from r1jax.config.mesh import MeshConfig, SamplerConfig
+from r1jax.config.mesh import MeshConfig, SamplerConfig, check_rebalance, check_redundant
 from r1jax.config.model import DenseConfig, FP8Config, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from r1jax.config.plan import PlanConfig
 from r1jax.config.presets import laptop_model, laptop_student, quickstart
@@ -83,6 +83,8 @@ __all__ = [
     "TaskConfig",
     "TraceMix",
     "UpdateConfig",
+    "check_rebalance",
+    "check_redundant",
     "from_config_dict",
     "laptop_model",
     "laptop_student",

@@ -114,6 +114,49 @@ class SamplerConfig:
         _cut("rows of a piece", rows, "sampler.data × expert", self.data * self.expert)
 
 
+def check_redundant(model: ModelConfig | DenseConfig, redundant: int, axis: str, n: int) -> None:
+    """Refuses copies of experts (`sampling.redundant_experts`) that the mesh cannot hold evenly.
+
+    Args:
+        axis: name of the mesh axis that experts are dealt out to, of `n` devices.
+
+    Raises:
+        ValueError: names both fields.
+    """
+    if not redundant:
+        return
+    name = f"sampling.redundant_experts={redundant}"
+    if not isinstance(model, ModelConfig):
+        raise ValueError(f"{name}: this model has no routed experts; set it to 0")
+    if n == 1:
+        raise ValueError(f"{name} are for devices that share experts; set {axis}, or it to 0")
+    slots = model.moe.n_routed_experts + redundant
+    if slots % n:
+        raise ValueError(
+            f"{name} and model.moe.n_routed_experts={model.moe.n_routed_experts} are {slots} "
+            f"together, which {axis}={n} must divide; set it to {redundant + -slots % n}"
+        )
+
+
+def check_rebalance(model: ModelConfig | DenseConfig, every: int, mesh: MeshConfig) -> None:
+    """Refuses to deal out (`rebalance_every`) experts that there are not, or groups that would be
+    torn apart.
+
+    Raises:
+        ValueError: names the fields.
+    """
+    if not every:
+        return
+    if not isinstance(model, ModelConfig):
+        raise ValueError(f"rebalance_every={every}: this model has no routed experts; set it to 0")
+    groups, n = model.moe.n_group, mesh.expert
+    if groups % n and n % groups:
+        raise ValueError(
+            f"rebalance_every={every} keeps groups of experts whole: of model.moe.n_group={groups} "
+            f"and mesh.expert={n} one must divide the other; change mesh.expert, or set it to 0"
+        )
+
+
 def cut_widths(model: ModelConfig | DenseConfig) -> dict[str, int]:
     """{field: width} of what fsdp, expert and context cut together: all of them must divide it."""
     widths = {"model.hidden_size": model.hidden_size}

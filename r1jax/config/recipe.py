@@ -68,6 +68,11 @@ class RecipeConfig:
         positive(self, "checkpoint_every")
         if not 0 <= self.seed < 2**20:  # each stage takes a million seeds of its own
             raise ValueError(f"seed must lie in 0..{2**20 - 1}, got {self.seed}")
+        if self.sampling.redundant_experts:
+            raise ValueError(
+                f"sampling.redundant_experts={self.sampling.redundant_experts} are for devices "
+                "that share experts, and a recipe runs on one; set it to 0"
+            )
         total = self.sampling.prompt_length + self.sampling.max_new_tokens
         for name, model in self.models():
             if total > model.max_position:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of one trainer: a model, its data, its settings. `trainer` says which is meant."""
+"""Runs of one trainer: a model, its data, its settings. `trainer` says which is meant.
+
+Of all of them: `checkpoint_every` seconds all is saved; every `rebalance_every` steps experts are
+dealt out anew to the devices of `mesh.expert`, by their loads (`r1jax.train.rebalance`; 0: never).
+"""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -132,6 +136,13 @@ def _checked(run: Any) -> None:
     if run.trainer != run.TRAINER:
         raise ValueError(f"trainer must be {run.TRAINER!r} in this config, got {run.trainer!r}")
     positive(run, "checkpoint_every")
+    if run.rebalance_every < 0:
+        raise ValueError(f"rebalance_every must be >= 0, got {run.rebalance_every}")
+    if run.rebalance_every and run.mesh.expert == 1:
+        raise ValueError(
+            f"rebalance_every={run.rebalance_every} deals experts out to the devices of "
+            "mesh.expert, which is 1; set mesh.expert, or rebalance_every=0"
+        )
     if not 0 <= run.seed < 2**31:
         raise ValueError(f"seed must lie in 0..{2**31 - 1}, got {run.seed}")
 
@@ -187,6 +198,7 @@ class SFTRun:
     epochs: float = 0.0
     sft: SFTConfig = field(default_factory=SFTConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    rebalance_every: int = 0
     checkpoint_every: float = 30.0
 
     def __post_init__(self):
@@ -212,6 +224,7 @@ class GRPORun:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    rebalance_every: int = 0
     checkpoint_every: float = 30.0
 
     def __post_init__(self):
@@ -233,6 +246,7 @@ class PPORun:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    rebalance_every: int = 0
     checkpoint_every: float = 30.0
 
     def __post_init__(self):
@@ -250,6 +264,7 @@ class DPORun:
     data: AnswerData = field(default_factory=AnswerData)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    rebalance_every: int = 0
     checkpoint_every: float = 30.0
 
     def __post_init__(self):
@@ -272,6 +287,7 @@ class RewardModelRun:
     data: AnswerData = field(default_factory=AnswerData)
     pairs: PairsConfig = field(default_factory=lambda: PairsConfig(loss="pairwise"))
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    rebalance_every: int = 0
     checkpoint_every: float = 30.0
 
     def __post_init__(self):

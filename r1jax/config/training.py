@@ -60,6 +60,10 @@ class SamplingConfig:
     `layout` says where the weights of a mesh lie meanwhile: "decoding" lays them out anew once a
     rollout, whole but for experts and heads; "training" needs no memory for that, and gathers every
     layer at every token.
+
+    `redundant_experts` are copies of those experts that training lately sent most tokens to. While
+    completions are drawn, each device of the mesh's expert axis holds its share of them beside its
+    own experts, and gets about as many tokens as the others.
     """
 
     top_k: int | None = None
@@ -67,9 +71,19 @@ class SamplingConfig:
     prompt_length: int = 24
     max_new_tokens: int = 96
     layout: str = "decoding"
+    redundant_experts: int = 0
 
     def __post_init__(self):
         positive(self, "prompt_length", "max_new_tokens")
+        if self.redundant_experts < 0:
+            raise ValueError(
+                f"sampling.redundant_experts must be >= 0, got {self.redundant_experts}"
+            )
+        if self.redundant_experts and self.layout != "decoding":
+            raise ValueError(
+                f"sampling.redundant_experts={self.redundant_experts} are laid out for decoding; "
+                f"with sampling.layout={self.layout!r} set it to 0"
+            )
         one_of(self, "layout", LAYOUTS)
         if self.top_k is not None:
             positive(self, "top_k")

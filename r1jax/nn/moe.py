@@ -12,7 +12,8 @@ from r1jax.nn.stats import RouterStats
 from r1jax.ops.linear import FP8
 from r1jax.ops.routing import Routing, expert_load, route, sequence_balance_loss
 from r1jax.parallel import dispatch
-from r1jax.sharding import count, local, spec, total, unpartitioned
+from r1jax.parallel.eplb import Placement
+from r1jax.sharding import count, index, local, spec, total, unpartitioned
 
 
 class Router(nnx.Module):
@@ -20,8 +21,9 @@ class Router(nnx.Module):
 
     def __init__(self, dim: int, cfg: MoEConfig, *, std: float):
         self.cfg = cfg
-        self.weight = param.normal((dim, cfg.n_routed_experts), ("embed", None), std, exact=True)
-        self.bias = param.constant(0.0, (cfg.n_routed_experts,), (None,), cls=param.RouterBias)
+        e = cfg.n_routed_experts
+        self.weight = param.normal((dim, e), ("embed", "routed"), std, exact=True)
+        self.bias = param.constant(0.0, (e,), ("routed",), cls=param.RouterBias)
 
     def __call__(self, x_TD: jax.Array) -> Routing:
         cfg = self.cfg
@@ -55,14 +57,20 @@ class MoE(nnx.Module):
         if self.n_shared:
             self.shared = SwiGLU(dim, f * self.n_shared, std=std, fp8=fp8)
 
-    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
-        """[B, T, D] → [B, T, D] and the router's report; padding (valid 0) is not counted."""
+    def __call__(
+        self, x_BTD: jax.Array, valid_BT: jax.Array, place: Placement | None = None
+    ) -> tuple[jax.Array, RouterStats]:
+        """[B, T, D] → [B, T, D] and the router's report; padding (valid 0) is not counted.
+
+        Args:
+            place: what the slots of the experts' weights hold, where it is not each expert in turn.
+        """
         b, t, d = x_BTD.shape
         x_TD = x_BTD.reshape(b * t, d)
         with jax.named_scope("router"):
             routing = self.router(x_TD)
         with jax.named_scope("routed_experts"):
-            y_TD, overflow = self._routed(x_TD, routing.index_TK, routing.weight_TK)
+            y_TD, overflow = self._routed(x_TD, routing, place)
         if self.n_shared:
             with jax.named_scope("shared_experts"):
                 y_TD = y_TD + self.shared.mix(x_TD)
@@ -79,15 +87,18 @@ class MoE(nnx.Module):
         )
         return y_TD.reshape(b, t, d), stats
 
-    def _routed(self, x_TD, index_TK, weight_TK) -> tuple[jax.Array, jax.Array]:
+    def _routed(self, x_TD, routing: Routing, place) -> tuple[jax.Array, jax.Array]:
         """(Σ over the routed experts, how often a buffer would have overflown)."""
         cfg, dtype = self.router.cfg, x_TD.dtype
         held = (self.w_gate, self.w_up, self.w_down)
 
-        def run(x_TD, index_TK, weight_TK, held):
-            reached = dispatch.reach(
-                count("expert"), index_TK.shape[1], cfg.n_group, cfg.topk_group
-            )
+        def run(x_TD, index_TK, weight_TK, held, place):
+            ranks, k = count("expert"), index_TK.shape[1]
+            reached = dispatch.reach(ranks, k, cfg.n_group, cfg.topk_group)
+            if place is not None:  # its copies may be anywhere
+                reached = min(ranks, k)
+                turn_T = jnp.arange(len(x_TD)) + index("batch", "length") * len(x_TD)
+                index_TK = place.slots(index_TK, turn_T)
             weights = tuple(param.operand(w, dtype, self.fp8) for w in held)
             how = dict(reach=reached, slack=cfg.dispatch_slack, pieces=cfg.dispatch_pieces)
             how |= dict(fp8=self.fp8)
@@ -99,10 +110,31 @@ class MoE(nnx.Module):
         cut = ("expert",) if unpartitioned("embed") else ("batch", "expert", "mlp")
         pieces = unpartitioned(*cut)
         if not pieces:
-            return run(x_TD, index_TK, weight_TK, held)
+            return run(x_TD, routing.index_TK, routing.weight_TK, held, place)
         short = -len(x_TD) % pieces
         padded = lambda x, fill=0: jnp.pad(x, ((0, short), (0, 0)), constant_values=fill)  # noqa: E731
-        rows = (padded(x_TD), padded(index_TK, cfg.n_routed_experts), padded(weight_TK))
-        lies = (spec("batch", None),) * 3
-        y_TD, overflow = local(run, (*lies, param.specs(held)), (lies[0], spec()))(*rows, held)
+        index_TK = padded(routing.index_TK, cfg.n_routed_experts)
+        rows = (padded(x_TD), index_TK, padded(routing.weight_TK))
+        where = (*(spec("batch", None),) * 3, param.specs(held), param.specs(place))
+        y_TD, overflow = local(run, where, (where[0], spec()))(*rows, held, place)
         return y_TD[: len(x_TD)], overflow
+
+
+class Placed(nnx.Module):
+    """A mixture whose experts lie in slots, some of them in several (DeepSeek-V3 section 3.4).
+
+    It computes what `moe` does. It serves: its copies would not be trained alike.
+    """
+
+    def __init__(self, moe: MoE, place: Placement):
+        """
+        Args:
+            moe: with the weights of each slot's expert, [S, ...].
+            place: which experts those are.
+        """
+        self.moe = moe
+        self.expert, self.copies = map(param.slots, place)
+
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
+        """As `MoE`."""
+        return self.moe(x_BTD, valid_BT, Placement(self.expert[...], self.copies[...]))

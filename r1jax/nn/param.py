@@ -24,6 +24,10 @@ class RouterBias(nnx.Variable):
     """The balance bias b of a router: moved by the balance rule, never by the gradient."""
 
 
+class Slots(nnx.Variable):
+    """Which experts the slots of a served mixture hold: integers that no layer casts."""
+
+
 def normal(
     shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, *, exact: bool = False
 ) -> nnx.Param:
@@ -41,6 +45,11 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...],
     """A float32 variable filled with `value`."""
     full = jnp.full(shape, value, jnp.float32)
     return cls(full, out_sharding=axes, eager_sharding=False, init_std=0.0, exact=True)
+
+
+def slots(x: jax.Array) -> Slots:
+    """Integers that are whole on all devices."""
+    return Slots(x, out_sharding=(None,) * x.ndim, eager_sharding=False, exact=True)
 
 
 def stack(make: Callable[[], nnx.Module], n: int) -> nnx.Module:

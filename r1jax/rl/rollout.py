@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.infer.decode import Prompt, empty_cache, light, positions_of, prefill, step
+from r1jax.infer.redundant import Copies, served
 from r1jax.infer.sample import Sample, sample
 from r1jax.nn.param import as_used, specs
 from r1jax.sharding import DECODING, automatic, constrain, kept, ruled, spec
@@ -80,24 +81,29 @@ def rollout(
     return whole(model, prompt_PS, prompt_valid_PS, key, temperature_B)
 
 
-def laid_out_rollout(model, *args: Any, **rules: Any) -> Rollout:
+def laid_out_rollout(model, *args: Any, copies: Copies | None = None, **rules: Any) -> Rollout:
     """`rollout` with the weights laid out for decoding first, inside the same program.
 
     Where training cuts weights over devices, `rollout` gathers those of every layer at every token.
     Here they are gathered once, as layers use them, and kept until the last row has ended; experts,
     heads and the vocabulary stay where they are. Without a mesh it is `rollout`.
 
-    Args and Returns: as `rollout`.
+    Args and Returns: as `rollout`; and
+        copies: of experts, for devices that share them (`infer.redundant`); None: none.
     """
 
     if jax.sharding.get_abstract_mesh().empty:
         return rollout(model, *args, **rules)
+    load_LE, redundant = (None, 0) if copies is None else copies
 
-    def run(model, *args):
+    def run(model, load_LE, *args):
         with ruled(DECODING):
-            return rollout(kept(as_used(model), specs(model)), *args, **rules)
+            model = kept(as_used(model), specs(model))
+            if redundant:
+                model = served(model, load_LE, redundant=redundant)
+            return rollout(model, *args, **rules)
 
-    return automatic(run, lambda *_: layout())(model, *args)
+    return automatic(run, lambda *_: layout())(model, load_LE, *args)
 
 
 def layout() -> Rollout:

@@ -66,7 +66,7 @@ class Apart:
 
 def _as_sampled(state: TrainState) -> TrainState:
     graphdef, params, router = nnx.split(as_used(state.model()), nnx.Param, RouterBias)
-    return TrainState(state.step, params, router, (), graphdef)
+    return TrainState(state.step, params, router, (), graphdef, state.load)
 
 
 class Behind:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from r1jax import optim
 from r1jax.config import PlanConfig
 from r1jax.infer import decode
+from r1jax.infer.redundant import served
 from r1jax.infer.sample import sample
 from r1jax.nn.build import build
 from r1jax.nn.count import decode_flops, forward_flops, train_flops
@@ -177,6 +178,8 @@ def _decode(cfg: PlanConfig, mesh: Mesh) -> Job:
 def _token(cfg: PlanConfig, mesh: Mesh, rules: Rules) -> Job:
     """`_decode` under the rules in force."""
     state = abstract_state(cfg, optax.identity(), mesh, cast=rules is DECODING).slim()
+    if cfg.sampling.redundant_experts:
+        state = _with_copies(state, cfg, mesh)
     prompts, rows = cfg.grpo.prompts, cfg.grpo.prompts * cfg.grpo.group_size
     length, new = cfg.sampling.prompt_length, cfg.sampling.max_new_tokens
     tokens_PS, valid_PS = (jax.ShapeDtypeStruct((prompts, length), d) for d in (jnp.int32, bool))
@@ -201,6 +204,20 @@ def _token(cfg: PlanConfig, mesh: Mesh, rules: Rules) -> Job:
         rows,
         rows * decode_flops(cfg.model, cfg.sampled_length),
     )
+
+
+def _with_copies(state: TrainState, cfg: PlanConfig, mesh: Mesh) -> TrainState:
+    """The state with redundant experts in it, as decoding holds them."""
+
+    def copied(state, load_LE):
+        model = served(state.model(), load_LE, redundant=cfg.sampling.redundant_experts)
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        return TrainState(state.step, params, rest, (), graphdef)
+
+    layers = cfg.model.num_layers - cfg.model.first_k_dense
+    load = jax.ShapeDtypeStruct((layers, cfg.model.moe.n_routed_experts), jnp.float32)
+    held = jax.eval_shape(copied, state, load)
+    return _placed(held, laid(held), mesh)
 
 
 def _fitting(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> PartitionSpec:

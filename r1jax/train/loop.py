@@ -19,6 +19,7 @@ from r1jax.io.metrics import MetricsWriter, NoMetrics
 from r1jax.parallel import hosts
 from r1jax.train.failure import Preempted
 from r1jax.train.progress import Progress
+from r1jax.train.rebalance import Rebalance
 
 
 @dataclasses.dataclass
@@ -30,6 +31,7 @@ class Run:
     progress: Progress
     checkpoint_every: float  # seconds
     metrics_position: int = 0  # bytes of metrics.jsonl that belong to finished stages
+    rebalance: Rebalance | None = None  # None: experts stay where they are
 
     def folder(self, stage: str) -> Path:
         """The checkpoints of a stage."""
@@ -47,8 +49,7 @@ def saved_form(carry: Mapping[str, Any]) -> dict[str, Any]:
 
     def one(value):
         if dataclasses.is_dataclass(value):
-            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-            return {k: plain(v) for k, v in fields.items() if k != "graphdef"}
+            return {name: plain(getattr(value, name)) for name in _saved(value)}
         return plain(value)
 
     return {k: one(v) for k, v in carry.items()}
@@ -64,8 +65,13 @@ def restored(carry: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any
 def _ordered(value: Any, tree: Any) -> list[Any]:
     if not dataclasses.is_dataclass(value):
         return jax.tree.leaves(tree)
+    return [leaf for name in _saved(value) for leaf in jax.tree.leaves(tree[name])]
+
+
+def _saved(value: Any) -> list[str]:
+    """Fields of a state that hold something and are not known from the config."""
     names = [f.name for f in dataclasses.fields(value) if f.name != "graphdef"]
-    return [leaf for name in names for leaf in jax.tree.leaves(tree[name])]
+    return [name for name in names if getattr(value, name) is not None]
 
 
 def finished(run: Run, stage: str) -> dict[str, Any] | None:
@@ -98,8 +104,8 @@ def run_stage(
 
     Everything that the next step depends on is in `carry` or is a function of `step`, so a resumed
     run is the uninterrupted one. `row()` gives the step's metrics; it is called, and waits for the
-    device, on every `log_every`-th step only. Of several processes the first writes the metrics,
-    and all write each checkpoint, of a step that they agree on.
+    device, on every `log_every`-th step and before experts are dealt out anew. Of several processes
+    the first writes the metrics, and all write each checkpoint, of a step that they agree on.
 
     Returns:
         (carry, seconds spent in this stage over all its runs).
@@ -125,10 +131,12 @@ def run_stage(
         while step < steps:
             carry, row = step_fn(step, carry)
             step += 1
-            if step % log_every == 0 or step == steps:
-                values = {
-                    k: hosts.read(v) if isinstance(v, jax.Array) else v for k, v in row().items()
-                }
+            moving = run.rebalance and run.rebalance.due(step) and step < steps
+            logged = step % log_every == 0 or step == steps
+            values = _read(row()) if logged or moving else {}
+            if moving:
+                carry = run.rebalance(carry, values["expert_load"])
+            if logged:
                 metrics.write(stage=stage, step=step, seconds=round(seconds(), 3), **values)
                 shown = {k: float(v) for k, v in values.items() if np.ndim(v) == 0}
                 run.progress.step(step, **shown)
@@ -143,6 +151,10 @@ def run_stage(
                 raise told(f"{stage}: saved at step {step}")
         run.metrics_position = metrics.position
     return carry, seconds()
+
+
+def _read(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: hosts.read(v) if isinstance(v, jax.Array) else v for k, v in row.items()}
 
 
 class Stop:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from r1jax.config import MeshConfig, PlanConfig
+from r1jax.config import MeshConfig, PlanConfig, check_redundant
 from r1jax.nn.count import size
 from r1jax.parallel import costs, roofline
 from r1jax.parallel.dispatch import ROUNDS, reach, room
@@ -103,6 +103,7 @@ def mesh_for(cfg: PlanConfig, topology: Topology, what: str) -> MeshConfig:
             f"{topology.devices}; {_repair(mesh, topology)} or choose another topology"
         )
     mesh.check(cfg.model, rows=rows, length=mesh.context if what == "decode" else length)
+    check_redundant(cfg.model, cfg.sampling.redundant_experts, "mesh.expert", mesh.expert)
     return mesh
 
 
@@ -213,12 +214,15 @@ def filled(cfg: PlanConfig, mesh: MeshConfig, what: str) -> float:
         return 1.0 / moe.dispatch_slack
     pieces = mesh.batch_shards * (mesh.context if cfg.sampling.layout == "decoding" else 1)
     rows, k = cfg.grpo.prompts * cfg.grpo.group_size / pieces, moe.num_experts_per_tok
+    slots, reached = moe.n_routed_experts, reach(mesh.expert, k, moe.n_group, moe.topk_group)
+    if cfg.sampling.redundant_experts:
+        slots, reached = slots + cfg.sampling.redundant_experts, min(mesh.expert, k)
     buffer = room(
         math.ceil(rows),
         k,
         mesh.expert,
-        moe.n_routed_experts // mesh.expert,
-        reach=reach(mesh.expert, k, moe.n_group, moe.topk_group),
+        slots // mesh.expert,
+        reach=reached,
         slack=moe.dispatch_slack,
     )
     return rows * k / buffer.computed

@@ -47,7 +47,7 @@ def policy_of(state: TrainState) -> TrainState:
     """The policy inside a state whose model is `nn.value.Valued`, without the optimizer."""
     parts = nnx.split(state.model().decoder, nnx.Param, RouterBias)
     graphdef, params, router = parts
-    return TrainState(state.step, params, router, (), graphdef)
+    return TrainState(state.step, params, router, (), graphdef, state.load)
 
 
 def ppo_step(

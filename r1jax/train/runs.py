@@ -23,6 +23,8 @@ from r1jax.config import (
     RewardModelRun,
     RunConfig,
     SFTRun,
+    check_rebalance,
+    check_redundant,
     to_config_dict,
 )
 from r1jax.data.datasets import (
@@ -56,6 +58,7 @@ from r1jax.train.loop import Run, finish, finished, load
 from r1jax.train.measure import measure, pair_accuracy
 from r1jax.train.ppo import policy_of
 from r1jax.train.progress import Progress, Silent
+from r1jax.train.rebalance import Rebalance
 from r1jax.train.reward_model import open_judges
 from r1jax.train.sampler import Sampler
 from r1jax.train.start import (
@@ -115,12 +118,19 @@ def _run_trainer(cfg: RunConfig, run: Run, force: bool) -> Record:
         if _apart(cfg):
             piece = cfg.grpo.prompts * cfg.grpo.group_size // cfg.grpo.pieces
             cfg.sampler.check(model, cfg.mesh, rows=piece)
+        check_rebalance(model, cfg.rebalance_every, cfg.mesh)
+        if isinstance(cfg, GRPORun | PPORun):
+            own = _apart(cfg) > 0
+            where = ("sampler.expert", cfg.sampler) if own else ("mesh.expert", cfg.mesh)
+            check_redundant(model, cfg.sampling.redundant_experts, where[0], where[1].expert)
 
     if Path(cfg.start.path).exists() and not is_run(Path(cfg.start.path)):
         run.progress.message(f"reading {cfg.start.path}")  # perhaps many gigabytes
     # What is wrong is refused before anything is written.
     start = open_start(cfg.start, check=fits)
     hosts.check_same(fingerprint(start.model.module), f"start.path={cfg.start.path}")
+    if cfg.rebalance_every:
+        run.rebalance = Rebalance(cfg.rebalance_every, start.cfg.moe.n_group)
     at_work = cfg.mesh.devices + _apart(cfg)
     if at_work < jax.device_count():
         run.progress.message(

@@ -10,10 +10,11 @@ import numpy as np
 
 from r1jax.config import SamplingConfig
 from r1jax.data.corpus import left_padded
+from r1jax.infer.redundant import Copies
 from r1jax.parallel import hosts
 from r1jax.rl.rollout import Rollout, laid_out_rollout, rollout
 from r1jax.train.program import Ahead, program
-from r1jax.train.state import TrainState
+from r1jax.train.state import TrainState, no_load
 
 
 class Completions(NamedTuple):
@@ -43,10 +44,13 @@ class Ending(NamedTuple):
 @functools.cache
 def compile_rollout(cfg: SamplingConfig, eos_ids: tuple[int, ...], pad_id: int):
     """`rl.rollout` of a state, jitted: (state, prompt_PS, valid_PS, noise, temperature_B)."""
-    drawn = laid_out_rollout if cfg.layout == "decoding" else rollout
 
     def run(state: TrainState, prompt_PS, valid_PS, noise, temperature_B) -> Rollout:
         key = jax.random.fold_in(jax.random.key(noise[0]), noise[1])
+        drawn = rollout
+        if cfg.layout == "decoding":
+            copies = copies_of(state, cfg.redundant_experts)
+            drawn = functools.partial(laid_out_rollout, copies=copies)
         return drawn(
             state.model(),
             prompt_PS,
@@ -61,6 +65,13 @@ def compile_rollout(cfg: SamplingConfig, eos_ids: tuple[int, ...], pad_id: int):
         )
 
     return program(run)
+
+
+def copies_of(state: TrainState, redundant: int) -> Copies | None:
+    """So many copies of experts, by what the state knows of their loads."""
+    if not redundant:
+        return None
+    return Copies(no_load(state.router) if state.load is None else state.load, redundant)
 
 
 class Sampler:

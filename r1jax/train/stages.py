@@ -24,7 +24,7 @@ from r1jax.data.template import prompt
 from r1jax.eval.score import score
 from r1jax.parallel import hosts
 from r1jax.rl.rollout import Rollout, layout
-from r1jax.sharding import fed, place, placed_shape, spec
+from r1jax.sharding import fed, pieces, place, placed_shape, spec
 from r1jax.train.answers import Answers, answers_layout
 from r1jax.train.behind import Apart, Behind
 from r1jax.train.collect import Collector, InTurns
@@ -33,6 +33,7 @@ from r1jax.train.loop import Run, run_stage
 from r1jax.train.pairs import compile_dpo, compile_reward_model
 from r1jax.train.ppo import ActorCritic, compile_ppo, compile_shared_ppo, policy_of
 from r1jax.train.program import Ahead
+from r1jax.train.rebalance import fullest
 from r1jax.train.sampler import Sampler
 from r1jax.train.state import Controls, TrainState, restart
 from r1jax.train.supervised import Batch, compile_supervised
@@ -40,12 +41,17 @@ from r1jax.train.words import Words
 
 
 def load_row(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Loads as shares of a layer's tokens, for the expert picture. Nothing for dense models."""
+    """Loads as shares of a layer's tokens, for the expert picture. Nothing for dense models.
+
+    On a mesh that deals experts out, also what the fullest device has of the mean.
+    """
     load_LE = hosts.read(metrics["load"])
     if not load_LE.size:
         return {}
     share_LE = load_LE / np.maximum(load_LE.sum(-1, keepdims=True), 1.0)
-    return {"expert_load": np.round(share_LE, 4)}
+    devices = pieces("expert")
+    balance = {"fullest_device": fullest(share_LE, devices)} if devices > 1 else {}
+    return {"expert_load": np.round(share_LE, 6)} | balance
 
 
 def supervised(
@@ -142,13 +148,18 @@ def grpo(
 
     reference = copied(state.params) if cfg.update.beta else None
     carry = {
-        "state": restart(state, optimizer),
+        "state": restart(state, optimizer, counted=_counted(collector)),
         "reference": reference,
         "drawn": np.int32(0),
         **batches.carried(),
     }
     carry, seconds = run_stage(run, stage, carry, step_fn, steps=cfg.steps)
     return carry["state"], seconds
+
+
+def _counted(collector: Collector) -> bool:
+    """Whether its sampler copies experts, which it does by their loads."""
+    return collector.sampler.cfg.redundant_experts > 0
 
 
 def _compiling(step_jit, carry, rollouts: Rollout, controls: Controls, temperature) -> Ahead:
@@ -177,12 +188,14 @@ def ppo(
     """
     temperature = np.float32(cfg.temperature)
     optimizer, value_optimizer = optim.adamw(cfg.optim), optim.adamw(cfg.value_optim)
+    counted = _counted(collector)
     if critic is None:
         step_jit = compile_shared_ppo(cfg.update, optimizer, cfg.value_weight)
-        models, policy = {"state": restart(state, optimizer)}, policy_of
+        models, policy = {"state": restart(state, optimizer, counted=counted)}, policy_of
     else:
         step_jit = compile_ppo(cfg.update, optimizer, value_optimizer)
-        models = {"state": restart(state, optimizer), "critic": restart(critic, value_optimizer)}
+        models = {"state": restart(state, optimizer, counted=counted)}
+        models["critic"] = restart(critic, value_optimizer)
         policy = lambda state: state  # noqa: E731
 
     def controls_at(step):

@@ -15,6 +15,8 @@ from r1jax.nn.param import RouterBias, initialise, specs
 from r1jax.ops.routing import balance_bias
 from r1jax.sharding import kept
 
+FADING = 0.9  # weight of loads after one update more
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class TrainState:
     router: nnx.State
     opt: optax.OptState
     graphdef: nnx.GraphDef = field(metadata=dict(static=True))
+    load: jax.Array | None = None  # [L, E] tokens of each expert lately; None: not counted
 
     def model(self, params: nnx.State | None = None) -> nnx.Module:
         """The module, with other parameters of the same shape if given."""
@@ -33,7 +36,7 @@ class TrainState:
 
     def slim(self) -> "TrainState":
         """Without the optimizer: what samples, is evaluated, and starts the next stage."""
-        return TrainState(self.step, self.params, self.router, (), self.graphdef)
+        return TrainState(self.step, self.params, self.router, (), self.graphdef, self.load)
 
 
 class Controls(NamedTuple):
@@ -71,15 +74,30 @@ def laid(state: TrainState) -> TrainState:
     return specs(state)
 
 
-def restart(state: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
-    """A copy of the weights with a fresh optimizer: how a stage begins, its state being donated."""
+def restart(
+    state: TrainState, optimizer: optax.GradientTransformation, *, counted: bool = False
+) -> TrainState:
+    """A copy of the weights with a fresh optimizer: how a stage begins, its state being donated.
+
+    Args:
+        counted: whether the loads of experts are kept, as copies of them want it.
+    """
 
     @jax.jit
     def fresh(weights):
         params, router = jax.tree.map(jnp.copy, weights)
-        return TrainState(jnp.int32(0), params, router, optimizer.init(params), state.graphdef)
+        load = no_load(router) if counted else None
+        opt = optimizer.init(params)
+        return TrainState(jnp.int32(0), params, router, opt, state.graphdef, load)
 
     return _where_it_lies(fresh, (state.params, state.router))
+
+
+def no_load(router: nnx.State) -> jax.Array:
+    """[L, E] zeros: a row for each router bias."""
+    biases = jax.tree.leaves(router)
+    rows = sum(bias.shape[0] if bias.ndim == 2 else 1 for bias in biases)
+    return jnp.zeros((rows, biases[0].shape[-1]), jnp.float32)
 
 
 def accumulate(loss_fn: Callable, params: nnx.State, micro_batches: Any) -> tuple[Any, Any]:
@@ -141,9 +159,16 @@ def update(
         keep(router, state.router),
         keep(opt, state.opt),
         state.graphdef,
+        None if state.load is None else _lately(state.load, load_LE),
     )
     state = kept(state, laid(state))
     return state, {"grad_norm": norm, "skipped": 1.0 - good.astype(jnp.float32)}
+
+
+def _lately(load_LE: jax.Array, new_LE: jax.Array) -> jax.Array:
+    """Loads of which each update counts `FADING` times what the next one does."""
+    missing = len(load_LE) - len(new_LE)  # of the MTP module's router, where it did not run
+    return FADING * load_LE + jnp.pad(new_LE, ((0, missing), (0, 0)))
 
 
 def balance(router: nnx.State, load_LE: jax.Array, speed: jax.Array | float) -> nnx.State:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from r1jax.config import MeshConfig
+from r1jax.infer.redundant import Copies
 from r1jax.nn.param import as_used, leaves, specs
 from r1jax.parallel.costs import Rules, measure
 from r1jax.parallel.hlo import parse
@@ -60,8 +61,8 @@ def on_a_mesh(fn, cfg, mesh, kind=AUTO, prompts=PROMPTS):
     return found, sum(c.sent for c in sent if "decode/while" in c.op_name)
 
 
-def check(cfg, mesh, kind=AUTO, prompts=PROMPTS):
-    found, sent = on_a_mesh(laid_out_rollout, cfg, mesh, kind, prompts)
+def check(cfg, mesh, kind=AUTO, prompts=PROMPTS, *, fn=laid_out_rollout):
+    found, sent = on_a_mesh(fn, cfg, mesh, kind, prompts)
     np.testing.assert_array_equal(found.tokens_BT, on_one_device(cfg, prompts).tokens_BT)
     assert_same(found, on_one_device(cfg, prompts))
     return sent
@@ -83,6 +84,23 @@ def test_every_mesh_draws_what_one_device_draws(cfg, mesh):
     _, trained = on_a_mesh(rollout, cfg, mesh)
     assert sent < trained / 3
     check(cfg, mesh, EXPLICIT)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "kind", "redundant"),
+    [
+        (DEALT, AUTO, 4),
+        pytest.param(DEALT, EXPLICIT, 8, marks=pytest.mark.slow),
+        pytest.param(MeshConfig(expert=4, tensor=2), AUTO, 4, marks=pytest.mark.slow),
+        pytest.param(MeshConfig(expert=2, fsdp=2, context=2), AUTO, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_redundant_experts_draw_the_same(mesh, kind, redundant):
+    """Whatever the loads say: here that an expert deserves most of the copies."""
+    load_LE = np.random.default_rng(0).integers(0, 9, (1, 8)).astype(np.float32)
+    load_LE[0, 3] = 60
+    fn = functools.partial(laid_out_rollout, copies=Copies(load_LE, redundant))
+    check(MIXTURE, mesh, kind, fn=fn)
 
 
 @pytest.mark.slow

@@ -172,6 +172,23 @@ def test_decoding_where_the_sampler_holds_its_weights():
     assert gathered(held) == 0 < gathered(cut)
 
 
+@pytest.mark.slow
+def test_decoding_with_redundant_experts():
+    """A device of four holds three of twelve slots in place of two of eight experts."""
+    cfg = dataclasses.replace(CFG, mesh=MeshConfig(expert=4, fsdp=2))
+    more = dataclasses.replace(cfg, sampling=dataclasses.replace(CFG.sampling, redundant_experts=4))
+    one, two = (plan(c, EIGHT, "decode", chips=jax.devices()) for c in (cfg, more))
+    experts = [v for v in leaves(build(MODEL)).values() if "expert" in v.out_sharding]
+    stacked = sum(v[...].nbytes for v in experts if "layers" in v.out_sharding)
+    e, layers = MODEL.moe.n_routed_experts, MODEL.num_layers - MODEL.first_k_dense
+    places = 4 * layers * (e + 4 + e)
+    grown = two.arguments["parameters"] - one.arguments["parameters"]
+    assert grown == stacked // e + places
+    with pytest.raises(ValueError, match="mesh.expert=4 must divide; set it to 4"):
+        odd = dataclasses.replace(CFG.sampling, redundant_experts=3)
+        mesh_for(dataclasses.replace(cfg, sampling=odd), EIGHT, "decode")
+
+
 def test_the_share_of_a_dispatch_buffer_that_is_filled():
     """One row a device sends 8 pairs; the least buffer is made for 256."""
     whole = PlanConfig()
