@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling completions of prompts: the compiled rollout and the text around it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from r1jax.data.corpus import left_padded
 from r1jax.infer.redundant import Copies
 from r1jax.parallel import hosts
 from r1jax.rl.rollout import Rollout, laid_out_rollout, rollout
+from r1jax.sharding import place, spec
 from r1jax.train.program import Ahead, program
 from r1jax.train.state import TrainState, no_load
 
@@ -49,7 +51,8 @@ def compile_rollout(cfg: SamplingConfig, eos_ids: tuple[int, ...], pad_id: int):
         key = jax.random.fold_in(jax.random.key(noise[0]), noise[1])
         drawn = rollout
         if cfg.layout == "decoding":
-            copies = copies_of(state, cfg.redundant_experts)
+            held = cfg.redundant_experts
+            copies = Copies(state.load, held) if held else None
             drawn = functools.partial(laid_out_rollout, copies=copies)
         return drawn(
             state.model(),
@@ -67,13 +70,6 @@ def compile_rollout(cfg: SamplingConfig, eos_ids: tuple[int, ...], pad_id: int):
     return program(run)
 
 
-def copies_of(state: TrainState, redundant: int) -> Copies | None:
-    """So many copies of experts, by what the state knows of their loads."""
-    if not redundant:
-        return None
-    return Copies(no_load(state.router) if state.load is None else state.load, redundant)
-
-
 class Sampler:
     """Draws completions from any state of one architecture; one compilation a batch shape."""
 
@@ -89,7 +85,9 @@ class Sampler:
         """The traced rollout of so many prompts and samples of each."""
         prompt = lambda dtype: np.empty((prompts, self.cfg.prompt_length), dtype)  # noqa: E731
         noise, temperature_B = np.empty(2, np.uint32), np.empty(prompts * group_size, np.float32)
-        return Ahead(self.run, state.slim(), prompt(np.int32), prompt(bool), noise, temperature_B)
+        return Ahead(
+            self.run, self._seen(state), prompt(np.int32), prompt(bool), noise, temperature_B
+        )
 
     def blank(self, prompts: int, group_size: int) -> Rollout:
         """Zeros in the form of a rollout."""
@@ -118,7 +116,14 @@ class Sampler:
         prompt_PS, valid_PS = self.prompts(ids)
         temperature_B = np.tile(np.asarray(temperatures, np.float32), len(ids))
         noise = np.array([n % 2**32 for n in noise], np.uint32)
-        return self.run(state.slim(), prompt_PS, valid_PS, noise, temperature_B)
+        return self.run(self._seen(state), prompt_PS, valid_PS, noise, temperature_B)
+
+    def _seen(self, state: TrainState) -> TrainState:
+        """What the rollout is given of a state: where experts are copied, with their loads."""
+        slim = state.slim()
+        if not self.cfg.redundant_experts or slim.load is not None:
+            return slim
+        return dataclasses.replace(slim, load=place(no_load(slim.router), spec()))
 
     def read(self, drawn: Rollout) -> Completions:
         """The texts of a rollout."""

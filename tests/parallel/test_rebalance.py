@@ -172,3 +172,26 @@ def test_experts_that_cannot_be_held_evenly_are_refused():
     check_redundant(QWEN2, 0, "mesh.expert", 4)
     with pytest.raises(ValueError, match="sampling.layout='training' set it to 0"):
         SamplingConfig(redundant_experts=2, layout="training")
+
+
+@pytest.mark.slow
+def test_a_run_with_redundant_experts_draws_and_learns_the_same(folder, tmp_path):  # noqa: F811
+    """Of eight experts four are held twice on the two devices of mesh.expert; and resumed."""
+    run = dataclasses.replace(RUNS["grpo"](folder, "moe"), mesh=EIGHT)
+    run_trainer(run, tmp_path / "once")
+    sampling = dataclasses.replace(run.sampling, redundant_experts=4)
+    run = dataclasses.replace(run, sampling=sampling, rebalance_every=2)
+    watch = Watch()
+    run_trainer(run, tmp_path / "twice", display=watch)
+    assert watch.compiled[2] == watch.compiled[-1]
+    rows = [metrics.read(tmp_path / name / "metrics.jsonl") for name in ("once", "twice")]
+    for a, b in zip(*rows, strict=True):
+        for name in a.keys() - {"stage", "seconds", "sampler_error", "expert_load"}:
+            if name != "fullest_device":
+                np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    with pytest.raises(KeyboardInterrupt):
+        run_trainer(run, tmp_path / "cut", display=Watch(at=2))
+    run_trainer(run, tmp_path / "cut")
+    again, whole = values(tmp_path / "cut"), values(tmp_path / "twice")
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, again[name], err_msg=name)

@@ -184,9 +184,9 @@ def test_decoding_with_redundant_experts():
     places = 4 * layers * (e + 4 + e)
     grown = two.arguments["parameters"] - one.arguments["parameters"]
     assert grown == stacked // e + places
+    odd = dataclasses.replace(more, sampling=dataclasses.replace(CFG.sampling, redundant_experts=3))
     with pytest.raises(ValueError, match="mesh.expert=4 must divide; set it to 4"):
-        odd = dataclasses.replace(CFG.sampling, redundant_experts=3)
-        mesh_for(dataclasses.replace(cfg, sampling=odd), EIGHT, "decode")
+        mesh_for(odd, EIGHT, "decode")
 
 
 def test_the_share_of_a_dispatch_buffer_that_is_filled():
