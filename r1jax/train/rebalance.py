@@ -57,12 +57,12 @@ class Rebalance:
     def __call__(self, carry: Mapping[str, Any], load_LE: np.ndarray) -> dict[str, Any]:
         """The carry of a stage with the experts of its `MOVED` dealt out by these loads."""
         trees = {k: carry[k] for k in MOVED if carry.get(k) is not None}
-        return {**carry, **_compiled(self.groups)(trees, np.asarray(load_LE, np.float32))}
+        return {**carry, **compile_rebalance(self.groups)(trees, np.asarray(load_LE, np.float32))}
 
 
 @functools.cache
-def _compiled(groups: int):
-    """The program that moves them, in place."""
+def compile_rebalance(groups: int):
+    """The program that moves them, in place: (trees of a carry, load_LE) to the trees."""
 
     def run(trees, load_LE):
         whole = automatic(functools.partial(_moved, groups=groups), lambda t, *_: specs(t))
