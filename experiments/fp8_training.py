@@ -3,6 +3,7 @@
 
     python experiments/fp8_training.py --out runs/fp8 --arms float32 fp8 --seeds 0 1 2
     python experiments/fp8_training.py --out runs/text --data source --arms float32 fp8
+    python experiments/fp8_training.py --out runs/12m --data source --shape 12m --block 128
     python experiments/fp8_training.py --out runs/fp8 --report
 
 The quickstart's task text is learnt by heart, so that a last loss is a race to zero; Python's own
@@ -31,7 +32,7 @@ import optax
 from matplotlib.figure import Figure
 
 from r1jax import optim
-from r1jax.config import FP8Config, quickstart
+from r1jax.config import FP8Config, MLAConfig, quickstart
 from r1jax.data import corpus
 from r1jax.data.packing import Packed
 from r1jax.data.tokenizer import task_tokenizer
@@ -140,9 +141,21 @@ def tasks_text(cfg, steps: int, seed: int) -> Packed:
     return corpus.pretrain_corpus(32 * steps, seed=seed, **how)
 
 
-def config(arm: str, block: int, data: str):
+def twelve_million(model):
+    """A model of 12M parameters in which sums are as long as several blocks of 128."""
+    mla = MLAConfig(num_heads=8, q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64,
+                    qk_rope_head_dim=32, v_head_dim=64)  # fmt: skip
+    moe = dataclasses.replace(model.moe, n_routed_experts=16, num_experts_per_tok=4)
+    moe = dataclasses.replace(moe, moe_intermediate_size=128, bias_update_speed=0.001)
+    width = dict(hidden_size=256, intermediate_size=512, init_std=0.02)
+    return dataclasses.replace(model, num_layers=6, mla=mla, moe=moe, **width)
+
+
+def config(arm: str, block: int, *, data: str, shape: str):
     """The model of an arm; what the arm replaces is replaced."""
     model = quickstart().model
+    if shape == "12m":
+        model = twelve_million(model)
     if data == "source":
         model = dataclasses.replace(model, vocab_size=256)
     if arm in ("float32", "bfloat16"):
@@ -155,8 +168,12 @@ def config(arm: str, block: int, data: str):
 
 def train(args, arm: str) -> None:
     """Trains an arm for each seed and writes its losses."""
-    cfg, model = quickstart(), config(arm, args.block, args.data)
+    cfg, model = quickstart(), config(arm, args.block, data=args.data, shape=args.shape)
     sft = dataclasses.replace(cfg.pretrain, steps=args.steps)
+    if args.rate:
+        sft = dataclasses.replace(
+            sft, optim=dataclasses.replace(sft.optim, learning_rate=args.rate)
+        )
     optimizer = optim.adamw(dataclasses.replace(sft.optim, moment_dtype=args.moments))
     step_jit = compile_supervised(optimizer, mtp_weight=sft.mtp_weight)
     for seed in args.seeds:
@@ -222,6 +239,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--data", choices=("tasks", "source"), default="tasks")
+    parser.add_argument("--shape", choices=("laptop", "12m"), default="laptop")
+    parser.add_argument("--rate", type=float, help="the largest learning rate; the quickstart's")
     parser.add_argument("--moments", default="float32", help="dtype of Adam's moments")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
