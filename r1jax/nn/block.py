@@ -13,7 +13,8 @@ from r1jax.config import DenseConfig, ModelConfig
 from r1jax.nn.layers import RMSNorm
 from r1jax.nn.stats import RouterStats
 from r1jax.ops.attention import Causal
-from r1jax.sharding import constrain, gather, platform
+from r1jax.parallel.folding import all_positions
+from r1jax.sharding import constrain, platform
 
 Entry = tuple[jax.Array, jax.Array]  # what an attention caches: (latent, key) or (key, value)
 
@@ -51,8 +52,7 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             h_BTD = self.attention_norm(x_BTD)
             entry = checkpoint_name(self.attention.entry(h_BTD, rotation), "entry")
-            keys = (gather(x, "batch", "length", *_rest(x), along="length") for x in entry)
-            part = self.attention.Part(*keys, sight)
+            part = self.attention.Part(*map(all_positions, entry), sight)
             added_BTD = self.attention(h_BTD, rotation, part)
             x_BTD = x_BTD + checkpoint_name(added_BTD, "attention_out")
         x_BTD, stats = self._feed_forward(x_BTD, valid_BT)
@@ -91,7 +91,10 @@ class Block(nnx.Module):
 
 
 def run(layers: Block, x_BTD, rotation, sight, valid_BT, *, cfg: ModelConfig | DenseConfig):
-    """A stack of layers in full: (x_BTD, (entries [L, B, T, ...], RouterStats [L, ...]))."""
+    """A stack of layers in full: (x_BTD, (entries [L, B, T, ...], RouterStats [L, ...])).
+
+    Rows that are cut over devices lie folded.
+    """
 
     def body(x, layer):
         return layer(x, rotation, sight, valid_BT)
@@ -143,10 +146,6 @@ def run_cached(
 
     index_L = jnp.arange(own[0].shape[0])
     return jax.lax.scan(body, (x_BTD, own), (layers, prompt, index_L))[0]
-
-
-def _rest(x: jax.Array) -> tuple[None, ...]:
-    return (None,) * (x.ndim - 2)
 
 
 def _written(cache_LBS: jax.Array, new_BT: jax.Array, layer, index) -> jax.Array:

@@ -24,7 +24,8 @@ from r1jax.ops.rope import (
     yarn_frequencies,
     yarn_mscale,
 )
-from r1jax.sharding import count, gather, index, take, total
+from r1jax.parallel.folding import all_positions, folded, straight, stretches
+from r1jax.sharding import count, take, total
 
 
 class Output(NamedTuple):
@@ -118,8 +119,9 @@ class Transformer(nnx.Module):
         return self._second(hidden_BTD, next_BTD, positions_BT, segments_BT)
 
     def _second(self, hidden_BTD, next_BTD, positions_BT, segments_BT):
+        x_BTD = folded(self.mtp.joined(hidden_BTD, next_BTD))
+        positions_BT, segments_BT = folded(positions_BT), folded(segments_BT)
         sight = sight_of(segments_BT)
-        x_BTD = self.mtp.joined(hidden_BTD, next_BTD)
         how = (self.rotation(positions_BT), sight, segments_BT > 0)
         if self.cfg.remat:  # alone, a module would merge with its second computation: it is scanned
             one = jax.tree.map(lambda x: x[None], self.mtp.block)
@@ -127,7 +129,7 @@ class Transformer(nnx.Module):
             stats = jax.tree.map(lambda x: x[0], stats)
         else:
             x_BTD, (_, stats) = self.mtp.block(x_BTD, *how)
-        hidden = self.mtp.norm(x_BTD)
+        hidden = straight(self.mtp.norm(x_BTD))
         stats = stats._replace(load=total(stats.load, "batch", "length"))
         return hidden, jax.tree.map(lambda x: x[None], stats)
 
@@ -156,11 +158,11 @@ def rotation_of(rope: RopeConfig, dim: int, positions_BT: jax.Array) -> Rotation
 
 
 def sight_of(segments_BT: jax.Array) -> Causal:
-    """What each query may attend to in its row, whole also where rows are cut."""
+    """What each query may attend to in its row, whole also where rows are cut, and folded then."""
     if count("length") == 1:
         return Causal.of(segments_BT)
-    keys_BS = gather(segments_BT, "batch", "length", along="length")
-    return Causal.of(segments_BT, keys_BS, piece=index("length"))
+    pieces = stretches(segments_BT.shape[1])
+    return Causal.of(segments_BT, all_positions(segments_BT), pieces=pieces)
 
 
 def forward(model, tokens_BT, positions_BT, segments_BT) -> Output:
@@ -170,11 +172,12 @@ def forward(model, tokens_BT, positions_BT, segments_BT) -> Output:
 
 def decoded(model, x_BTD: jax.Array, positions_BT, segments_BT) -> Output:
     """`forward` of tokens that have been embedded."""
+    x_BTD, positions_BT, segments_BT = map(folded, (x_BTD, positions_BT, segments_BT))
     sight, valid_BT = sight_of(segments_BT), segments_BT > 0
     turn = model.rotation(positions_BT)
     entries, stats = [], None
     for layers in model.stacks():
         x_BTD, (entry, stats) = run(layers, x_BTD, turn, sight, valid_BT, cfg=model.cfg)
-        entries.append(entry)
+        entries.append(jax.tree.map(jax.vmap(straight), entry))
     stats = stats._replace(load=total(stats.load, "batch", "length"))
-    return Output(model.norm(x_BTD), tuple(entries), stats)
+    return Output(straight(model.norm(x_BTD)), tuple(entries), stats)

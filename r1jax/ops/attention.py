@@ -33,19 +33,23 @@ class Causal(NamedTuple):
         mask_BTS: [B, T, S] the same as a mask.
         segments_BT: [B, T] segments of the queries, 0 is padding.
         keys_BS: [B, S] those of the keys; None: the queries' own.
-        piece: which stretch of T keys the queries are.
+        pieces: P numbers: the queries are so many stretches of T / P keys, one behind the other,
+            and these.
     """
 
     mask_BTS: jax.Array
     segments_BT: jax.Array
     keys_BS: jax.Array | None
-    piece: jax.Array | int
+    pieces: tuple[jax.Array | int, ...]
 
     @classmethod
-    def of(cls, segments_BT, keys_BS=None, *, piece: jax.Array | int = 0) -> "Causal":
+    def of(
+        cls, segments_BT, keys_BS=None, *, pieces: tuple[jax.Array | int, ...] = (0,)
+    ) -> "Causal":
         """With the mask of `causal_mask`, which nothing computes unless it is asked for."""
-        mask_BTS = causal_mask(segments_BT, keys_BS, piece=piece)
-        return cls(mask_BTS, segments_BT, keys_BS, piece)
+        parts = zip(jnp.split(segments_BT, len(pieces), axis=1), pieces, strict=True)
+        masks = [causal_mask(own, keys_BS, piece=piece) for own, piece in parts]
+        return cls(jnp.concatenate(masks, 1), segments_BT, keys_BS, pieces)
 
 
 class LatentPart(NamedTuple):
@@ -232,8 +236,13 @@ def _by_block(q_BJGTK, k_BJSK, v_BJSV, sight: jax.Array | Causal, scale: float) 
     """[B, J, G, T, V] attention that never holds whole logits."""
     if not isinstance(sight, Causal):
         return attend(q_BJGTK, k_BJSK, v_BJSV, sight, scale)
-    _, *segments, piece = sight
-    return causal_attention(q_BJGTK, k_BJSK, v_BJSV, *segments, piece=piece, scale=scale)
+    cut = lambda x, axis: jnp.split(x, len(sight.pieces), axis=axis)  # noqa: E731
+    parts = zip(cut(q_BJGTK, 3), cut(sight.segments_BT, 1), sight.pieces, strict=True)
+    out = [
+        causal_attention(q, k_BJSK, v_BJSV, own, sight.keys_BS, piece=piece, scale=scale)
+        for q, own, piece in parts
+    ]
+    return jnp.concatenate(out, 3)
 
 
 def _by_rows(q_BTHK: jax.Array, k_BSHK: jax.Array, backend: str) -> bool:

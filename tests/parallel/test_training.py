@@ -67,7 +67,7 @@ def supervised(cfg, state, batch):
 
 
 def batches():
-    return micro_batched(tiny.packed(rows=16, length=12), 2)
+    return micro_batched(tiny.packed(rows=16, length=16), 2)
 
 
 @functools.cache
