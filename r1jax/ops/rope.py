@@ -83,7 +83,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def rotation(positions: jax.Array, inv_freq: jax.Array, scale: float = 1.0):
     """cos and sin of position · frequency, each [..., R/2] float32, times `scale`."""
     angle = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq, jnp.float32)
-    return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+    return jax.lax.optimization_barrier((jnp.cos(angle) * scale, jnp.sin(angle) * scale))
 
 
 def rotate_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

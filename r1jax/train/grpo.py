@@ -166,6 +166,8 @@ def _frozen_logp(model, batch, temperature, pieces: int) -> jax.Array:
 
 def by_piece(fn, batch: dict[str, jax.Array], pieces: int) -> jax.Array:
     """[pieces, B / pieces, ...] of `fn` on one piece of the rows after the other."""
+    if pieces == 1:
+        return fn(batch)[None]
     return jax.lax.map(
         fn, jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), batch)
     )
@@ -183,6 +185,9 @@ def in_updates(one_update, carry, batch: dict[str, jax.Array], cfg):
     """
     shape = (cfg.minibatches, cfg.micro_batches)
     batch = jax.tree.map(lambda x: interleave(x, *shape), batch)
+    if cfg.minibatches * cfg.epochs == 1:  # XLA would find out, and copy what the loops carry
+        carry, metrics = one_update(carry, jax.tree.map(lambda x: x[0], batch))
+        return carry, jax.tree.map(lambda x: x[None, None], metrics)
 
     def one_epoch(carry, _):
         return jax.lax.scan(one_update, carry, batch)

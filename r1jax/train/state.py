@@ -144,20 +144,22 @@ def update(
         load_LE: [L, E] expert loads over the whole batch, in the order of the router biases:
             the layers of the stack, then the MTP module if it ran.
     """
-    norm = optax.tree.norm(grads)
+    grads, params, opt = _flat((grads, state.params, state.opt))
+    norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
     good = jnp.isfinite(norm)
     optimizer = optax.with_extra_args_support(optimizer)
-    updates, opt = optimizer.update(grads, state.opt, state.params, grad_norm=norm)
-    params = optim.apply(state.params, updates, jnp.asarray(controls.learning_rate))
+    updates, moved = optimizer.update(grads, opt, params, grad_norm=norm)
+    moved = optim.apply(params, updates, jnp.asarray(controls.learning_rate)), moved
     router = balance(state.router, load_LE, controls.bias_speed)
     keep = lambda new, old: jax.tree.map(  # noqa: E731
         lambda n, o: jnp.where(good, n, o), new, old
     )
+    params, opt = _shaped(keep(moved, (params, opt)), (state.params, state.opt))
     state = TrainState(
         state.step + 1,
-        keep(params, state.params),
+        params,
         keep(router, state.router),
-        keep(opt, state.opt),
+        opt,
         state.graphdef,
         None if state.load is None else _lately(state.load, load_LE),
     )
@@ -169,6 +171,22 @@ def _lately(load_LE: jax.Array, new_LE: jax.Array) -> jax.Array:
     """Loads of which each update counts `FADING` times what the next one does."""
     missing = len(load_LE) - len(new_LE)  # of the MTP module's router, where it did not run
     return FADING * load_LE + jnp.pad(new_LE, ((0, missing), (0, 0)))
+
+
+def _flat(tree: Any) -> Any:
+    """The arrays as vectors, where no mesh cuts them: those of one size share a compiled kernel."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return tree
+    # XLA would move the shapes back into the kernels.
+    return jax.lax.optimization_barrier(jax.tree.map(lambda x: x.reshape(-1), tree))
+
+
+def _shaped(tree: Any, like: Any) -> Any:
+    """The inverse of `_flat`."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return tree
+    tree = jax.lax.optimization_barrier(tree)
+    return jax.tree.map(lambda x, old: x.reshape(old.shape), tree, like)
 
 
 def balance(router: nnx.State, load_LE: jax.Array, speed: jax.Array | float) -> nnx.State:
