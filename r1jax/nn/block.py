@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from r1jax.config import DenseConfig, ModelConfig
 from r1jax.nn.layers import RMSNorm
 from r1jax.nn.stats import RouterStats
+from r1jax.ops.alike import pieces
 from r1jax.ops.attention import Causal
 from r1jax.parallel.folding import all_positions
 from r1jax.sharding import constrain, platform
@@ -99,7 +100,14 @@ def run(layers: Block, x_BTD, rotation, sight, valid_BT, *, cfg: ModelConfig | D
     def body(x, layer):
         return layer(x, rotation, sight, valid_BT)
 
-    return jax.lax.scan(remade(body, cfg), x_BTD, layers, unroll=cfg.scan_unroll)
+    body = remade(body, cfg)
+    if jax.tree.leaves(layers)[0].shape[0] > cfg.scan_unroll or platform() != "cpu":
+        return jax.lax.scan(body, x_BTD, layers, unroll=cfg.scan_unroll)
+    made = []
+    for layer in pieces(layers):
+        x_BTD, out = body(x_BTD, layer)
+        made.append(out)
+    return x_BTD, jax.tree.map(lambda *xs: jnp.stack(xs), *made)
 
 
 def remade(layer: Callable, cfg: ModelConfig | DenseConfig) -> Callable:
