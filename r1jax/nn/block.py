@@ -103,7 +103,7 @@ def run(layers: Block, x_BTD, rotation, sight, valid_BT, *, cfg: ModelConfig | D
     body = remade(body, cfg)
     if jax.tree.leaves(layers)[0].shape[0] > cfg.scan_unroll or platform() != "cpu":
         return jax.lax.scan(body, x_BTD, layers, unroll=cfg.scan_unroll)
-    made = []
+    made, body = [], jax.jit(body)  # traced once
     for layer in pieces(layers):
         x_BTD, out = body(x_BTD, layer)
         made.append(out)

@@ -5,6 +5,7 @@ It makes a kernel of its own of every operation at another constant place. A pla
 know is an argument: pieces of one shape then share a kernel, and so does all that is done to them.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -19,20 +20,21 @@ def hidden(i: int) -> jax.Array:
 def pieces(tree: Any) -> list[Any]:
     """The tree at each place of its arrays' leading axis, one after another."""
     leaves, treedef = jax.tree.flatten(tree)
-    by_leaf = [_cut(x) if jnp.issubdtype(x.dtype, jnp.inexact) else tuple(x) for x in leaves]
-    return [jax.tree.unflatten(treedef, each) for each in zip(*by_leaf, strict=True)]
+    return [jax.tree.unflatten(treedef, each) for each in _cut(leaves)]
 
 
 @jax.custom_vjp
-def _cut(x_L: jax.Array) -> tuple[jax.Array, ...]:
-    """The pieces, whose gradients are put together once."""
-    index = jax.lax.dynamic_index_in_dim
-    cut = tuple(index(x_L, hidden(i), keepdims=False) for i in range(x_L.shape[0]))
-    return jax.lax.optimization_barrier(cut)
+def _cut(arrays: list[jax.Array]) -> list[list[jax.Array]]:
+    """The arrays at each place; the gradients of the places are put together once."""
+    how = dict(keepdims=False, allow_negative_indices=False)
+    at = functools.partial(jax.lax.dynamic_index_in_dim, **how)
+    places = [hidden(i) for i in range(arrays[0].shape[0])]
+    return jax.lax.optimization_barrier([[at(x, i) for x in arrays] for i in places])
 
 
-def _cut_backward(_, given: tuple[jax.Array, ...]):
-    return (jnp.stack(jax.lax.optimization_barrier(given)),)
+def _cut_backward(_, given: list[list[jax.Array]]):
+    given = jax.lax.optimization_barrier(given)
+    return ([jnp.stack(each) for each in zip(*given, strict=True)],)
 
 
-_cut.defvjp(lambda x_L: (_cut(x_L), None), _cut_backward)
+_cut.defvjp(lambda arrays: (_cut(arrays), None), _cut_backward)

@@ -65,8 +65,11 @@ def _whole(hidden_BTD, head_DN, targets_BT, temperature) -> tuple[jax.Array, jax
     )
     logits = logits / temperature
     norm_T = jax.nn.logsumexp(logits, axis=-1)
-    target_T1 = targets_BT.reshape(b * t, 1)
-    logp_T = jnp.take_along_axis(logits, target_T1, axis=-1)[:, 0] - norm_T
+    # Chosen by a comparison: a gather's gradient is a scatter, which costs CPUs more than the rest.
+    target_T, n = targets_BT.reshape(b * t), logits.shape[1]
+    hit_TN = target_T[:, None] == jnp.arange(n)
+    chosen_T = jnp.where(hit_TN, logits, 0.0).sum(-1)
+    logp_T = jnp.where((target_T >= 0) & (target_T < n), chosen_T, jnp.nan) - norm_T
     still = jax.lax.stop_gradient(logits - norm_T[:, None])
     entropy_T = -(jnp.exp(still) * still).sum(-1)
     return logp_T.reshape(b, t), entropy_T.reshape(b, t)

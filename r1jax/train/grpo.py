@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from r1jax.config import UpdateConfig
+from r1jax.ops.alike import pieces
 from r1jax.rl.advantages import informative_groups
 from r1jax.rl.ratio import truncated_importance_weight
 from r1jax.rl.rollout import Rollout, rows_of
@@ -218,13 +219,15 @@ def report_of(sums: Metrics) -> Metrics:
     square difference of log-probabilities), grad_norm, skipped, load [L, E]; where the sampler is
     corrected for, importance (mean weight of a token) and truncated (share of tokens at the cap).
     """
-    tokens = jnp.maximum(sums["tokens"].sum(), 1.0)
     means = ("kl", "ratio", "entropy", "importance", "truncated")
-    per_token = {name: sums[name].sum() / tokens for name in means if name in sums}
-    return per_token | {
-        "ratio_error": jnp.sqrt(sums["ratio_square_error"].sum() / tokens),
-        "sampler_error": jnp.sqrt(sums["sampler_square_error"].sum() / tokens),
-        "clip_fraction": (sums["clip_low"].sum() + sums["clip_high"].sum()) / tokens,
+    found = {name: sums[name] for name in means if name in sums}
+    found["clip_fraction"] = sums["clip_low"] + sums["clip_high"]
+    roots = {f"{name}_error": sums[f"{name}_square_error"] for name in ("ratio", "sampler")}
+    # As one vector: by itself each of them would be a program of its own to XLA:CPU.
+    total_k = jnp.stack([x.sum() for x in (*found.values(), *roots.values())])
+    mean_k = total_k / jnp.maximum(sums["tokens"].sum(), 1.0)
+    mean_k = jnp.where(jnp.arange(len(mean_k)) < len(found), mean_k, jnp.sqrt(mean_k))
+    return dict(zip((*found, *roots), pieces(mean_k), strict=True)) | {
         "loss": sums["loss"].mean(),
         "grad_norm": sums["grad_norm"].mean(),
         "skipped": sums["skipped"].sum(),

@@ -16,6 +16,7 @@ from r1jax.ops.routing import balance_bias
 from r1jax.sharding import kept
 
 FADING = 0.9  # weight of loads after one update more
+POOLED = 1 << 22  # values of gradients that are put together for their norm
 
 
 @jax.tree_util.register_dataclass
@@ -143,9 +144,10 @@ def update(
     Args:
         load_LE: [L, E] expert loads over the whole batch, in the order of the router biases:
             the layers of the stack, then the MTP module if it ran.
+        optimizer: treats each value by itself, but for the norm that it is told.
     """
     grads, params, opt = _flat((grads, state.params, state.opt))
-    norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+    norm = _norm(jax.tree.leaves(grads))
     good = jnp.isfinite(norm)
     optimizer = optax.with_extra_args_support(optimizer)
     updates, moved = optimizer.update(grads, opt, params, grad_norm=norm)
@@ -171,6 +173,13 @@ def _lately(load_LE: jax.Array, new_LE: jax.Array) -> jax.Array:
     """Loads of which each update counts `FADING` times what the next one does."""
     missing = len(load_LE) - len(new_LE)  # of the MTP module's router, where it did not run
     return FADING * load_LE + jnp.pad(new_LE, ((0, missing), (0, 0)))
+
+
+def _norm(gradients: list[jax.Array]) -> jax.Array:
+    """The global norm: of small vectors by one sum."""
+    if all(g.ndim == 1 for g in gradients) and sum(g.size for g in gradients) <= POOLED:
+        gradients = [jnp.concatenate(gradients)]
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradients))
 
 
 def _flat(tree: Any) -> Any:

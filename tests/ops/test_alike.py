@@ -11,7 +11,7 @@ from r1jax.ops.alike import pieces
 
 
 def test_pieces_are_the_places_of_the_leading_axis():
-    tree = {"a": jnp.arange(12.0).reshape(3, 2, 2), "n": jnp.arange(3)}
+    tree = {"a": jnp.arange(12.0).reshape(3, 2, 2), "b": jnp.arange(3.0)}
     for i, piece in enumerate(pieces(tree)):
         jax.tree.map(lambda x, p, i=i: np.testing.assert_array_equal(x[i], p), tree, piece)
 

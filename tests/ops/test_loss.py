@@ -107,3 +107,17 @@ def test_the_logits_are_never_whole_in_memory():
     whole = 4 * 256 * 20_000 * 4
     assert temporaries(plain, **shape) >= whole
     assert temporaries(functools.partial(token_logp, chunk=64), **shape) < whole / 4
+
+
+def test_ids_outside_the_vocabulary_have_no_probability_and_no_gradient():
+    hidden, head = jnp.ones((1, 3, 2)), jnp.arange(8.0).reshape(2, 4)
+    targets = jnp.array([[-1, 1, 4]])
+
+    def known(hidden):
+        logp_BT, _ = token_logp(hidden, head, targets)
+        return jnp.where(targets == 1, logp_BT, 0.0).sum(), logp_BT
+
+    slope, logp_BT = jax.grad(known, has_aux=True)(hidden)
+    np.testing.assert_array_equal(np.isnan(logp_BT), [[True, False, True]])
+    np.testing.assert_array_equal(np.any(slope != 0, -1), [[False, True, False]])
+    assert np.isfinite(slope).all()
