@@ -13,7 +13,7 @@ from flax import nnx
 from r1jax import optim
 from r1jax.nn.param import RouterBias, initialise, specs
 from r1jax.ops.routing import balance_bias
-from r1jax.sharding import kept
+from r1jax.sharding import kept, platform
 
 FADING = 0.9  # weight of loads after one update more
 POOLED = 1 << 22  # values of gradients that are put together for their norm
@@ -182,9 +182,14 @@ def _norm(gradients: list[jax.Array]) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradients))
 
 
+def _alone_on_cpu() -> bool:
+    return jax.sharding.get_abstract_mesh().empty and platform() == "cpu"
+
+
 def _flat(tree: Any) -> Any:
-    """The arrays as vectors, where no mesh cuts them: those of one size share a compiled kernel."""
-    if not jax.sharding.get_abstract_mesh().empty:
+    """The arrays as vectors, on a CPU and where no mesh cuts them: those of one size share a kernel
+    then, and compiling kernels is what a CPU's first step waits for. A TPU would copy them."""
+    if not _alone_on_cpu():
         return tree
     # XLA would move the shapes back into the kernels.
     return jax.lax.optimization_barrier(jax.tree.map(lambda x: x.reshape(-1), tree))
@@ -192,7 +197,7 @@ def _flat(tree: Any) -> Any:
 
 def _shaped(tree: Any, like: Any) -> Any:
     """The inverse of `_flat`."""
-    if not jax.sharding.get_abstract_mesh().empty:
+    if not _alone_on_cpu():
         return tree
     tree = jax.lax.optimization_barrier(tree)
     return jax.tree.map(lambda x, old: x.reshape(old.shape), tree, like)
