@@ -70,11 +70,14 @@ def _judged(done: Completions, asked: Asked, judge: Rules, count: int) -> list[l
     return sorted(one for one in said if one[0] < count)
 
 
-def pair_accuracy(state: TrainState, reference, rows: Answers, cfg: PairsConfig) -> float:
+def pair_accuracy(
+    state: TrainState, reference: TrainState | None, rows: Answers, cfg: PairsConfig
+) -> float:
     """Share of held-out answers that are ranked, or labelled, as they should be.
 
     Args:
-        reference: parameters of the reference policy; None for a reward model.
+        reference: the policy that training began with; None for a reward model. Its router biases
+            are its own: those of `state` may be of experts in another order.
     """
     size = cfg.batch_size // cfg.micro_batches
     total = 0.0
@@ -92,11 +95,9 @@ def _compare(cfg: PairsConfig):
     """(state, reference, batch) -> [B], 1 where right, ½ where undecided."""
     total = mean_logp if cfg.loss == "ipo" else summed_logp
 
-    def right(state: TrainState, reference, batch) -> jax.Array:
+    def right(state: TrainState, reference: TrainState | None, batch) -> jax.Array:
         if cfg.loss not in REWARD_LOSSES:
-            ours, theirs = (
-                answer_logp(state.model(p), batch, total)[0] for p in (state.params, reference)
-            )
+            ours, theirs = (answer_logp(one.model(), batch, total)[0] for one in (state, reference))
             margin_B = (ours - theirs)[:, 0] - (ours - theirs)[:, 1]
         else:
             score_Bn, _ = answer_scores(state.model(), batch)

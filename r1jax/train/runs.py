@@ -238,7 +238,7 @@ def _pairs(cfg: DPORun | RewardModelRun, run: Run, start: Start):
 
         trained, record = _once(run, cfg.trainer, state, pairs.steps, go)
         if heldout is not None:
-            reference = None if is_reward else start.state.params
+            reference = None if is_reward else start.state
             record["heldout_accuracy"] = pair_accuracy(trained, reference, heldout, pairs)
             run.progress.message(f"held-out accuracy {record['heldout_accuracy']:.1%}")
         _leave(run, start, trained, save_reward_model if is_reward else save_trained)
@@ -303,14 +303,17 @@ def _judged(cfg: GRPORun | PPORun, run: Run, start: Start) -> Iterator[Any]:
 
 def _online(cfg: GRPORun | PPORun, run: Run, start: Start, collector: Collector, heldout, *, apart):
     """Measures, trains, measures again."""
-    stage = collector.cfg
+    stage, sampler = collector.cfg, collector.sampler
+    if apart is not None:  # copies of experts are for the devices that sample
+        own = dataclasses.replace(cfg.sampling, redundant_experts=0)
+        sampler = Sampler(own, sampler.ending)
 
     def measured(name: str, state: TrainState, record: Record) -> Record:
         if not heldout.ids:
             return record
         run.progress.message(f"{name}: measuring {len(heldout.ids)} held-out questions")
         how = dict(samples=cfg.measure.samples, temperature=stage.temperature, seed=cfg.seed)
-        figures = measure(state, collector.sampler, heldout, collector.judge, **how)
+        figures = measure(state, sampler, heldout, collector.judge, **how)
         run.progress.message(f"{name}: held-out pass@1 {figures['pass_at_1']:.1%}")
         return record | figures
 
@@ -353,8 +356,8 @@ def _once(run: Run, name: str, state: TrainState, steps: int, go, *, measured=la
     if record is not None:
         return load(run, name, {"state": state.slim()})["state"], record
     state, seconds = go()
-    state = state.slim()
-    record = measured(state, _record(name, state, steps, seconds))
+    record = measured(state.slim(), _record(name, state, steps, seconds))
+    state = dataclasses.replace(state.slim(), load=None)  # what `load` above asks for
     finish(run, name, {"state": state}, steps, record)
     return state, record
 

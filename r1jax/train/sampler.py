@@ -121,7 +121,9 @@ class Sampler:
     def _seen(self, state: TrainState) -> TrainState:
         """What the rollout is given of a state: where experts are copied, with their loads."""
         slim = state.slim()
-        if not self.cfg.redundant_experts or slim.load is not None:
+        if not self.cfg.redundant_experts:
+            return dataclasses.replace(slim, load=None)
+        if slim.load is not None:
             return slim
         return dataclasses.replace(slim, load=place(no_load(slim.router), spec()))
 

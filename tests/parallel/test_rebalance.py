@@ -10,6 +10,7 @@ import pytest
 from r1jax.config import (
     AnswerData,
     MeshConfig,
+    SamplerConfig,
     SamplingConfig,
     SFTRun,
     StartConfig,
@@ -18,6 +19,7 @@ from r1jax.config import (
 )
 from r1jax.io import metrics
 from r1jax.nn.param import specs
+from r1jax.train import runs
 from r1jax.train.rebalance import Rebalance, fullest
 from r1jax.train.runs import run_trainer
 from tests.parallel.test_runs import EIGHT, RUNS, folder, values  # noqa: F401
@@ -195,3 +197,41 @@ def test_a_run_with_redundant_experts_draws_and_learns_the_same(folder, tmp_path
     again, whole = values(tmp_path / "cut"), values(tmp_path / "twice")
     for name, value in whole.items():
         np.testing.assert_array_equal(value, again[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_copies_are_for_devices_that_sample_and_a_finished_stage_is_read_again(
+    folder,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    """Ten slots go to two devices that sample, not to the four that train and measure; and killed
+    between the end of training and that of the run it goes on."""
+    run = RUNS["grpo"](folder, "moe")
+    update = dataclasses.replace(run.grpo.update, importance_cap=2.0)
+    run = dataclasses.replace(
+        run,
+        grpo=dataclasses.replace(run.grpo, update=update),
+        sampling=dataclasses.replace(run.sampling, redundant_experts=2),
+        mesh=MeshConfig(expert=4),
+        sampler=SamplerConfig(data=2, expert=2),
+        rebalance_every=1,
+    )
+
+    def killed(*_):
+        raise RuntimeError("the power went")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_leave", killed)
+        with pytest.raises(RuntimeError, match="the power went"):
+            run_trainer(run, tmp_path / "run")
+    again = run_trainer(run, tmp_path / "run")
+    assert [stage["name"] for stage in again["stages"]] == ["start", "grpo"]
+    once = dataclasses.replace(
+        run, sampling=dataclasses.replace(run.sampling, redundant_experts=0), rebalance_every=0
+    )
+    run_trainer(once, tmp_path / "once")
+    rows = [metrics.read(tmp_path / name / "metrics.jsonl") for name in ("once", "run")]
+    for a, b in zip(*rows, strict=True):
+        for name in ("loss", "reward", "grad_norm", "importance", "staleness", "kl"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out figures: every question counts once, and greedy answers apart from sampled ones."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from r1jax.config import RewardConfig
+from r1jax.config import PairsConfig, RewardConfig
 from r1jax.data.template import R1
+from r1jax.train.answers import Answers
 from r1jax.train.judge import Rules
-from r1jax.train.measure import measure
+from r1jax.train.measure import _compare, measure
 from r1jax.train.questions import Asked
 from r1jax.train.sampler import Completions
+from tests.parallel.test_rebalance import CFG, skewed
+from tests.train import tiny
 
 QUESTIONS, SAMPLES = 10, 3
 ASKED = Asked([f"q{i}" for i in range(QUESTIONS)], [[i] for i in range(QUESTIONS)], [*range(10)])
@@ -60,3 +68,31 @@ def test_every_question_counts_once():
             "reflection_rate": 0.5,
         }
     )
+
+
+def test_the_reference_is_judged_with_its_own_router():
+    """The policy's experts may have been dealt out anew: the same function, in another order."""
+    start = skewed(tiny.state(CFG))
+    bigger = jax.tree.map(lambda x: x * 1.3, start.params)
+    trained = dataclasses.replace(start, params=bigger)
+    turned = dataclasses.replace(trained, **_turned({"params": bigger, "router": start.router}))
+    tokens = np.random.default_rng(0).integers(1, CFG.vocab_size, (64, 2, 10)).astype(np.int32)
+    lengths = np.stack([np.full((64, 2), 3), np.full((64, 2), 10)], -1)
+    batch = Answers(tokens, lengths, None).rows(np.arange(64), np.ones(64, np.float32))
+    compare = _compare(PairsConfig(batch_size=64, length=10, loss="dpo"))
+    one, other = (np.asarray(compare(state, start, batch)) for state in (trained, turned))
+    assert 0 < one.mean() < 1
+    np.testing.assert_array_equal(one, other)
+
+
+def _turned(tree):
+    """The groups of experts in the opposite order."""
+    order = np.array([6, 7, 4, 5, 2, 3, 0, 1])
+
+    def one(variable):
+        axes = variable.out_sharding
+        for name in {"expert", "routed"} & set(axes):
+            variable = variable.replace(jnp.take(variable[...], order, axis=axes.index(name)))
+        return variable
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
