@@ -10,7 +10,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 PEERS = pathlib.Path(__file__).parent / "peers"
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    # Large pages for every system: without them a step of r1jax waits for the kernel to hand out
+    # its working memory, a page of 4 KB after another (experiments/log/006_…).
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 def run(python: str, script: str, flags: Sequence[str] = ()) -> dict:

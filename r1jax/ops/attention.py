@@ -119,16 +119,17 @@ def mla_naive(
     dtype = q_nope_BTHK.dtype
     k_BSHK = linear("bsc,chk->bshk", part.c_PSC, w_uk_CHK, fp8)
     v_BSHV = linear("bsc,chv->bshv", part.c_PSC, w_uv_CHV, fp8)
-    heads = lambda x: jnp.moveaxis(x, 1, 2)  # noqa: E731
     if _by_rows(q_nope_BTHK, k_BSHK, backend or jax.default_backend()):
-        q, keys = (heads(q_nope_BTHK), heads(q_rope_BTHR)), (heads(k_BSHK), part.k_rope_PSR)
-        return heads(attend_rows(Operands(*q, *keys, heads(v_BSHV)), part.mask_BTS, scale))
+        x = Operands(q_nope_BTHK, q_rope_BTHR, k_BSHK, part.k_rope_PSR, v_BSHV)
+        causal = isinstance(part.sight, Causal) and part.sight.keys_BS is None
+        return attend_rows(x, part.mask_BTS, scale, causal)
     shared_BSHR = jnp.broadcast_to(
         part.k_rope_PSR[:, :, None], (*k_BSHK.shape[:3], part.k_rope_PSR.shape[-1])
     )
     q_BTHK = jnp.concatenate([q_nope_BTHK, q_rope_BTHR], -1)
     k_BSHK = jnp.concatenate([k_BSHK, shared_BSHR], -1)
     if _long((part,), q_BTHK):
+        heads = lambda x: jnp.moveaxis(x, 1, 2)  # noqa: E731
         q_BH1TK = heads(q_BTHK)[:, :, None]
         out = _by_block(q_BH1TK, heads(k_BSHK), heads(v_BSHV), part.sight, scale)
         return jnp.moveaxis(out[:, :, 0], 2, 1)

@@ -196,11 +196,12 @@ def _tiled(x_TD, index_TK, weight_TK, weights, bound):
 
 def _looped(x_TD, index_TK, weight_TK, weights):
     (t, k), (e, d, f) = index_TK.shape, weights[0].shape
-    tile_rows = tile(t * k / e, d, f)
-    where, expert_I = tiled_slots(index_TK, e, tile_rows)
+    # No weights are copied for a tile and only its last one is padded: tiles may be longer here.
+    tile_rows = tile(2 * t * k / e, 2 * d, 2 * f)
+    where, span_E2 = tiled_slots(index_TK, e, tile_rows)
     rows_IRD = laid_out(x_TD, where).reshape(-1, tile_rows, d)
     weight_IR = weight_of(weight_TK, where).reshape(-1, tile_rows)
-    out = swiglu_tiles(rows_IRD, weight_IR, expert_I, weights)
+    out = swiglu_tiles(rows_IRD, weight_IR, span_E2, weights)
     return summed(out.reshape(-1, d), where)
 
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1jax.ops import attention
-from r1jax.ops.attention import LatentPart, mla_naive
+from r1jax.ops import attention, rowwise
+from r1jax.ops.attention import Causal, LatentPart, mla_naive
 from r1jax.ops.rowwise import Operands, attend_rows
 
 FLOAT32 = 3e-5  # sums of up to 30 float32 products of order 1, in another order
@@ -25,11 +25,19 @@ def drawn(seed):
     return arrays, mask, rng.normal(size=(B, H, T, V))
 
 
+def drawn_causal(seed):
+    """As many queries as keys, none attending to a later key."""
+    (q, q_rope, *keys), mask, given = drawn(seed)
+    queries = [np.concatenate([x, x[:, :, : S - T] + 1], 2) for x in (q, q_rope)]
+    mask = np.tri(S, dtype=bool) & (np.random.default_rng(seed).random((B, S, S)) < 0.6)
+    return [*queries, *keys], mask, np.concatenate([given, given[:, :, : S - T]], 2)
+
+
 def by_hand(arrays, mask, given):
     """(out, gradients of Σ out · given) in float64, one query at a time."""
     q, q_rope, k, k_rope, v = arrays
     out, grads = np.zeros(given.shape), [np.zeros_like(x) for x in arrays]
-    for b, h, t in np.ndindex(B, H, T):
+    for b, h, t in np.ndindex(*given.shape[:3]):
         logits = (k[b, h] @ q[b, h, t] + k_rope[b] @ q_rope[b, h, t]) * SCALE
         logits = np.where(mask[b, t], logits, -1e30)
         e = np.exp(logits - logits.max())
@@ -45,14 +53,14 @@ def by_hand(arrays, mask, given):
     return out, grads
 
 
-@pytest.mark.parametrize(("dtype", "close"), [(jnp.float32, FLOAT32), (jnp.bfloat16, BFLOAT16)])
-def test_equations_and_gradients(dtype, close):
-    arrays, mask, given = drawn(0)
+def compared(arrays, mask, given, *, dtype, close, causal):
     held = [jnp.asarray(x, dtype) for x in arrays]
     wanted, gradients = by_hand([np.asarray(x, np.float64) for x in held], mask, given)
 
     def loss(*arrays):
-        out = attend_rows(Operands(*arrays), mask, SCALE)
+        q, q_rope, k, k_rope, v = (x.swapaxes(1, 2) if x.ndim == 4 else x for x in arrays)
+        x = Operands(q, q_rope, k, k_rope, v)
+        out = attend_rows(x, mask, SCALE, causal).swapaxes(1, 2)
         return (out.astype(jnp.float32) * given).sum(), out
 
     (_, out), found = jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*held)
@@ -60,6 +68,26 @@ def test_equations_and_gradients(dtype, close):
         assert got.dtype == dtype
         scale = np.abs(want).max()
         np.testing.assert_allclose(np.asarray(got, np.float64) / scale, want / scale, atol=close)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(jnp.float32, FLOAT32), (jnp.bfloat16, BFLOAT16)])
+def test_equations_and_gradients(dtype, close):
+    compared(*drawn(0), dtype=dtype, close=close, causal=False)
+
+
+@pytest.mark.parametrize("size", [2, 3])  # 7 queries: pieces of 2, 2, 2, 1 and of 3, 3, 1
+def test_pieces_of_causal_rows(size, monkeypatch):
+    monkeypatch.setattr(rowwise, "PIECE", size)
+    arrays, mask, given = drawn_causal(3)
+    mask |= np.eye(S, dtype=bool)  # a query without keys would weigh those of its piece alone
+    compared(arrays, mask, given, dtype=jnp.float32, close=FLOAT32, causal=True)
+
+
+def test_pieces():
+    halves = rowwise._pieces(100, 100, True)
+    assert halves == [(slice(0, 64), slice(64)), (slice(64, 100), slice(100))]
+    assert len(rowwise._pieces(511, 511, True)) == rowwise.PIECES
+    assert rowwise._pieces(100, 120, False) == [(slice(100), slice(120))]
 
 
 def test_mla_naive_is_the_same_either_way(monkeypatch):
@@ -73,6 +101,19 @@ def test_mla_naive_is_the_same_either_way(monkeypatch):
     monkeypatch.setattr(attention, "attend_rows", lambda *a: called.append(1) or attend_rows(*a))
     np.testing.assert_allclose(mla_naive(*args, scale=SCALE), whole, rtol=FLOAT32, atol=FLOAT32)
     assert called
+
+
+def test_mla_naive_looks_at_no_later_pieces(monkeypatch):
+    rng = np.random.default_rng(4)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    sight = Causal.of(jnp.asarray([[1, 1, 1, 2, 2], [1, 2, 2, 2, 2]], jnp.int32))
+    args = draw(B, T, H, K), draw(B, T, H, R), draw(B, T, 5), draw(B, T, R)
+    up = draw(5, H, K), draw(5, H, V)
+    run = lambda sight: mla_naive(*args[:2], LatentPart(*args[2:], sight), *up, scale=SCALE)  # noqa: E731
+    whole = run(sight.mask_BTS)
+    monkeypatch.setattr(attention, "MANY", 1)
+    monkeypatch.setattr(rowwise, "PIECE", 2)
+    np.testing.assert_allclose(run(sight), whole, rtol=FLOAT32, atol=FLOAT32)
 
 
 def test_rows_that_an_explicit_mesh_cuts(monkeypatch):
