@@ -100,9 +100,9 @@ def run(layers: Block, x_BTD, rotation, sight, valid_BT, *, cfg: ModelConfig | D
     def body(x, layer):
         return layer(x, rotation, sight, valid_BT)
 
-    body = remade(body, cfg)
-    if jax.tree.leaves(layers)[0].shape[0] > cfg.scan_unroll or platform() != "cpu":
-        return jax.lax.scan(body, x_BTD, layers, unroll=cfg.scan_unroll)
+    few = jax.tree.leaves(layers)[0].shape[0] <= cfg.scan_unroll
+    if cfg.remat or not few or platform() != "cpu":
+        return jax.lax.scan(remade(body, cfg), x_BTD, layers, unroll=cfg.scan_unroll)
     made, body = [], jax.jit(body)  # traced once
     for layer in pieces(layers):
         x_BTD, out = body(x_BTD, layer)
