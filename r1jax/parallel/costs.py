@@ -117,12 +117,14 @@ class Rules(NamedTuple):
         guess: turns of a loop from its scopes and the most it can take (None: unknown).
         filled: share of the rows of a ragged product that belong to some group.
         apart: devices that hosts send between, over the network: the same of each slice.
+        used: share of the turns in which an all-to-all of ragged rows has any, from its scopes.
     """
 
     devices: int
     guess: Callable[[str, int | None], float]
     filled: float = 1.0
     apart: Groups = ()
+    used: Callable[[str], float] = lambda op_name: 1.0
 
 
 def half(op_name: str, most: int | None) -> float:
@@ -281,7 +283,7 @@ def _collective(
     n = len(found[0]) if found else rules.devices
     size = sum(a.bytes for a in operands)
     if kind == "ragged-all-to-all":
-        size = min(a.bytes for a in operands[:2])
+        size = min(a.bytes for a in operands[:2]) * rules.used(one.op_name)
     if kind in _WHOLE:
         sent = size
     elif kind == "all-gather":

@@ -5,8 +5,8 @@ from typing import Any
 
 from r1jax.config import PlanConfig
 from r1jax.parallel.costs import Costs
-from r1jax.parallel.dispatch import ROUNDS
 from r1jax.parallel.roofline import ASSUMED, by_axis
+from r1jax.parallel.rounds import ROUNDS
 from r1jax.train.plan import Plan, filled
 
 GB = 1e9

@@ -122,7 +122,7 @@ def test_pieces_are_no_smaller_than_what_the_least_buffer_holds(few, pieces, mon
         return rows[0], jax.numpy.zeros(len(rows[0]))
 
     monkeypatch.setattr(D, "FEW", few)
-    monkeypatch.setattr(D, "_in_rounds", whole)
+    monkeypatch.setattr(D, "in_rounds", whole)
     x, weight, weights, given = drawn()
     with jax.set_mesh(make_mesh(MeshConfig(expert=RANKS), jax.devices()[:RANKS])):
         # Traced anew: what is known of `program` was made with other buffers.
