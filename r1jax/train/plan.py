@@ -18,6 +18,7 @@ from r1jax.parallel.dispatch import no_smaller, reach, room
 from r1jax.parallel.hlo import parse
 from r1jax.parallel.mesh import for_decoding, for_long_rows, for_training, make_mesh
 from r1jax.parallel.rounds import ROUNDS
+from r1jax.parallel.schedule import Scheduled, scheduled
 from r1jax.parallel.stacks import Stacked, stacked
 from r1jax.parallel.topology import Topology, devices
 from r1jax.train import jobs
@@ -50,6 +51,7 @@ class Plan(NamedTuple):
         processor_seconds: that all cores spent on it.
         costs: counts of the compiled program; None if it did not compile for lack of memory.
         times: the roofline's; None with them.
+        schedule: what its order takes; None with them.
     """
 
     topology: Topology
@@ -66,6 +68,7 @@ class Plan(NamedTuple):
     processor_seconds: float
     costs: costs.Costs | None
     times: roofline.Times | None
+    schedule: Scheduled | None
 
     @property
     def used(self) -> float:
@@ -159,14 +162,13 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
     fixed, work = (topology, what, sizes, given), (job.tokens, job.model_flops, *took)
     if program is None:
         total = sum(given.values())
-        return Plan(*fixed, total, max(needs - total, 0.0), 0, None, *work, None, None)
+        return Plan(*fixed, total, max(needs - total, 0.0), 0, None, *work, None, None, None)
     memory, text = program.memory_analysis(), parse(program.as_text())
     where = roofline.spots(mesh.devices.flat)
     share, apart = filled(cfg, sizes, what), roofline.counterparts(where)
     n = _pieces(cfg, sizes, what)
     rules = costs.Rules(sizes.devices, turns(n), share, apart, used(n))
     found = costs.measure(text, rules)
-    times = roofline.times(found, topology.chip, where)
     return Plan(
         *fixed,
         memory.argument_size_in_bytes,
@@ -175,7 +177,8 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
         stacked(text),
         *work,
         found,
-        times,
+        roofline.times(found, topology.chip, where),
+        scheduled(text, rules, topology.chip, where),
     )
 
 

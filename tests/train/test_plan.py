@@ -81,13 +81,16 @@ def test_what_a_report_holds(trained):
     seconds = facts["seconds"]
     assert seconds["compute"] == pytest.approx(facts["counted_flops"] / 8 / CHIP.bf16)
     assert seconds["overlapped"] == max(list(seconds.values())[:4])
-    assert facts["mfu"]["serial"] < facts["mfu"]["overlapped"] <= 1.0
+    assert facts["mfu"]["serial"] <= facts["mfu"]["scheduled"] <= facts["mfu"]["overlapped"] <= 1.0
+    assert facts["mfu"]["serial"] < facts["mfu"]["overlapped"]
+    for kind, spent in facts["collectives_seconds"].items():
+        assert spent["waited"] == pytest.approx(spent["sent"]), f"{kind}: a CPU's wait at once"
     assert any("buffer" in line for line in facts["assumptions"])
 
 
 def test_tables_and_pictures(trained, tmp_path):
     facts = report(trained, CFG)
-    short = report(trained._replace(costs=None, times=None, stacked=None), CFG)
+    short = report(trained._replace(costs=None, times=None, stacked=None, schedule=None), CFG)
     for one in (facts, short):
         out = io.StringIO()
         write_plan(one, out)
@@ -279,7 +282,7 @@ def test_a_search_keeps_what_it_finds_and_goes_on(tmp_path, monkeypatch, trained
     assert len(found) == 4
     assert len(compiled) == 3 + 2, "the two that were known are not compiled again"
     assert found[0]["mesh"] == CFG.mesh.sizes() or len({json.dumps(f["mesh"]) for f in found}) > 1
-    speeds = [f["tokens_per_second"]["serial"] for f in found if f["fits"]]
+    speeds = [f["tokens_per_second"]["scheduled"] for f in found if f["fits"]]
     assert speeds == sorted(speeds, reverse=True)
     assert len(speeds) == 3
     assert "bug of its own" in found[-1]["failed"], "it goes on, and the failure is kept"
