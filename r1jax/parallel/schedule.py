@@ -15,7 +15,7 @@ for it hides it, and nothing else does. Rules, each a decision:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from r1jax.parallel.costs import Costs, Rules, branches, callee, cost, inside, turned
 from r1jax.parallel.hlo import Instruction, Program
@@ -92,8 +92,12 @@ class _Clock:
             _add(self.total.waited, end.kind, max(end.sent - self.now, 0.0))
         self.now = max(self.now, end.all)
 
-    def pass_by(self, inner: Scheduled, turns: float) -> None:
-        """Another computation runs so often; it holds up what is under way."""
+    def pass_by(self, inner: Scheduled, turns: float, under_way: dict[str, Any]) -> None:
+        """Another computation runs so often; what it sends holds up what is under way."""
+        held = turns * sum(inner.busy[1:])
+        for name, end in under_way.items():
+            if isinstance(end, End) and end.kind is not None and end.sent > self.now:
+                under_way[name] = End(max(end.all, end.sent + held), end.sent + held, end.kind)
         for i, seconds in enumerate(inner.busy):
             self.total.busy[i] += turns * seconds
             self.free[i] = max(self.free[i], self.now) + turns * seconds
@@ -111,7 +115,7 @@ def _run(
         places, turns = _inner(program, one, place, rules)
         if places:
             runs = [_run(program, p, rules, need) for p in places]
-            clock.pass_by(max(runs, key=lambda run: run.seconds), turns)
+            clock.pass_by(max(runs, key=lambda run: run.seconds), turns, under_way)
         else:
             _one(clock, one, lambda one=one: need(one, place), under_way)
     clock.total.seconds = max(clock.now, *clock.free)
@@ -141,7 +145,8 @@ def _one(
             clock.wait(begun)
     elif one.opcode.endswith("-update") and begun is not None:
         # Sparse cores are told early what to do, and later with what.
-        under_way[one.name] = clock.ask(begun) if isinstance(begun, Need) else begun
+        asked = begun if isinstance(begun, Need) else need()
+        under_way[one.name] = clock.ask(asked) if any(asked.times) else begun
     elif one.opcode == "async-start" and not one.operands:
         under_way[one.name] = need()
     elif one.opcode.endswith("-start") or one.opcode in ("send", "recv"):

@@ -159,6 +159,14 @@ def test_a_loop_hides_what_was_begun_before_it():
     assert found.seconds == pytest.approx(6 * DOT + 5 * GATHER, rel=1e-4)
 
 
+def test_what_a_loop_sends_holds_up_what_was_begun_before_it():
+    """Five gathers with no arithmetic leave the sixth, begun first, to be waited for."""
+    body = BEGIN + DONE + "  %b = bf16[1024,1024] add(%x, %g)\n"
+    found = run(LOOP.replace("BODY", body) + entry(BEGIN, WHILE, DONE, product("z", "y", "g")))
+    assert found.seconds == pytest.approx(6 * GATHER + DOT, rel=1e-4)
+    assert found.waited["all-gather"] == pytest.approx(6 * GATHER, rel=1e-4)
+
+
 def test_memory_is_waited_for_but_not_as_a_collective():
     slow = CHIP._replace(memory=1e6)
     text = entry(product("a", "x", "x"), product("b", "a", "a"))
@@ -167,3 +175,32 @@ def test_memory_is_waited_for_but_not_as_a_collective():
     assert read > DOT
     assert found.seconds == pytest.approx(2 * read)
     assert found.waited == {}
+    # A gather whose result takes longer to write than to send is waited for as long as it sends.
+    lines = BEGIN, DONE, product("b", "x", "g")
+    found = scheduled(parse(HEAD + entry(*lines)), RULES, slow, WHERE)
+    moved = 2 * 1024 * (256 + 1024) / 1e6
+    assert moved > GATHER
+    assert found.seconds == pytest.approx(moved + read)
+    assert found.waited["all-gather"] == pytest.approx(GATHER)
+
+
+def test_a_sparse_core_moves_memory_when_it_gets_its_operands():
+    """A gather of 1,024 of 1,024 rows, which the product hides; without operands it moves nothing."""
+    slow = CHIP._replace(memory=5e6)
+    begin = "  %s = ((), ()) custom-call-start()\n"
+    given = (
+        "  %u = ((bf16[1024,1024], s32[1024]), bf16[1024,1024], s32[32768]) "
+        "custom-call-update(%s, %x, %n)\n"
+    )
+    done = "  %g = bf16[1024,1024] custom-call-done(%u)\n"
+    number = "  %n = s32[1024] constant({...})\n"
+    moved, read = (2 * 2 * 1024**2 + 4096) / 5e6, 3 * 2 * 1024**2 / 5e6
+    first, last = product("a", "x", "x"), product("b", "a", "g")
+    assert moved + read < DOT
+    after, beside = (
+        scheduled(parse(HEAD + entry(number, begin, *lines, done, last)), RULES, slow, WHERE)
+        for lines in ((first, given), (given, first))
+    )
+    assert after.seconds == pytest.approx(2 * DOT + moved, rel=1e-4)
+    assert beside.seconds == pytest.approx(2 * DOT, rel=1e-4)
+    assert beside.busy[0] == pytest.approx(moved + 2 * read, rel=1e-4)
