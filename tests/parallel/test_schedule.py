@@ -185,7 +185,7 @@ def test_memory_is_waited_for_but_not_as_a_collective():
 
 
 def test_a_sparse_core_moves_memory_when_it_gets_its_operands():
-    """A gather of 1,024 of 1,024 rows, which the product hides; without operands it moves nothing."""
+    """A gather of 1,024 rows, which the product hides; without operands it moves nothing."""
     slow = CHIP._replace(memory=5e6)
     begin = "  %s = ((), ()) custom-call-start()\n"
     given = (

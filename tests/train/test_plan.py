@@ -24,7 +24,7 @@ from r1jax.parallel.topology import Chip, Topology, devices
 from r1jax.parallel.topology import parse as parse_name
 from r1jax.train import plan_search
 from r1jax.train.failure import StageFailed
-from r1jax.train.plan import Plan, compiled, filled, mesh_for, plan
+from r1jax.train.plan import Plan, compiled, filled, mesh_for, plan, turns, used
 from r1jax.train.plan_report import report, verdict
 from tests.nn import tiny
 
@@ -190,6 +190,20 @@ def test_decoding_with_redundant_experts():
     odd = dataclasses.replace(more, sampling=dataclasses.replace(CFG.sampling, redundant_experts=3))
     with pytest.raises(ValueError, match="mesh.expert=4 must divide; set it to 4"):
         mesh_for(odd, EIGHT, "decode")
+
+
+def test_the_turns_of_the_loop_over_pieces():
+    """Each piece is sent once: one exchange stands outside the loop, and one in it is empty."""
+    scopes = {
+        False: "jit(step)/routed_experts/dispatch_rounds/dispatch/ragged_all_to_all",
+        True: "jit(step)/routed_experts/dispatch_rounds/while/body/dispatch/ragged_all_to_all",
+    }
+    for pieces in (1, 8):
+        assert turns(pieces)(scopes[True], None) == pieces
+        inside, outside = (used(pieces)(scopes[i]) for i in (True, False))
+        assert pieces * inside + outside == pieces
+    assert turns(8)("jit(step)/attention/while", 16) == 8.5
+    assert used(8)("jit(step)/attention/while/body/all_to_all") == 1.0
 
 
 def test_the_share_of_a_dispatch_buffer_that_is_filled():
