@@ -32,7 +32,7 @@ ROWS = (
     ("tpu7x-256", "train", (FP8,)),
 )
 HEADINGS = ("pod", "program", "changed", "chips", "mesh", "rows × tokens", "GB a device", "fits",
-            "GB sent", "FLOP ratio", "MFU, bounds", "compiled, processors")  # fmt: skip
+            "GB sent", "FLOP ratio", "MFU: bounds, scheduled", "compiled, processors")  # fmt: skip
 
 
 def row(facts: dict, cfg: PlanConfig, changes: tuple[tuple[str, str], ...]) -> list[str]:
@@ -49,7 +49,7 @@ def row(facts: dict, cfg: PlanConfig, changes: tuple[tuple[str, str], ...]) -> l
     if facts["seconds"] is None:
         return [*first, memory, "no", "–", "–", "–", took]
     ratio = facts["counted_flops"] / facts["model_flops"]
-    mfu = "{serial:.1%}–{overlapped:.1%}".format(**facts["mfu"])
+    mfu = "{serial:.1%}–{overlapped:.1%}, {scheduled:.1%}".format(**facts["mfu"])
     fits, gb = "yes" if facts["fits"] else "no", facts["collective_gb"]
     sent = f"{gb:,.0f}" if gb > 1 else f"{gb:.2f}"
     return [*first, memory, fits, sent, f"{ratio:.2f}", mfu, took]

@@ -56,7 +56,10 @@ def _time(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     names = {"compute": "arithmetic", "memory": "memory", "interconnect": "interconnect"}
     for key, name in (names | {"network": "between slices"}).items():
         yield f"seconds of {name}", f"{facts['seconds'][key]:.4g}"
-    for key, name in (("overlapped", "all overlapping"), ("serial", "one after the other")):
+    for kind, spent in sorted(facts["collectives_seconds"].items()):
+        yield f"{kind}, and waited for", f"{spent['sent']:.4g} s, {spent['waited']:.4g} s"
+    ways = ("overlapped", "all overlapping"), ("scheduled", "as scheduled")
+    for key, name in (*ways, ("serial", "one after the other")):
         seconds, speed = facts["seconds"][key], facts["tokens_per_second"][key]
         mfu = 100 * facts["mfu"][key]
         yield f"a step, {name}", f"{seconds:.4g} s, {speed:,.0f} tokens/s, MFU {mfu:.1f} %"
@@ -74,8 +77,8 @@ def _setting(facts: Mapping[str, Any]) -> tuple[str, ...]:
         "yes" if setting["remat"] else "no",
         f"{facts['hbm_per_chip_gb']:.1f}" if known else _NOTHING,
         ("yes" if facts["fits"] else "no") if known else "fails",
-        f"{speed['serial']:,.0f}–{speed['overlapped']:,.0f}" if speed else _NOTHING,
-        f"{100 * mfu['serial']:.0f}–{100 * mfu['overlapped']:.0f} %" if mfu else _NOTHING,
+        f"{speed['scheduled']:,.0f}" if speed else _NOTHING,
+        f"{100 * mfu['scheduled']:.0f} %" if mfu else _NOTHING,
         f"{facts['compile_seconds']:.0f} s" if known else _NOTHING,
     )
 

@@ -46,6 +46,8 @@ def _times(axes: Any, facts: Mapping[str, Any]) -> None:
     _stack(axes, {name: seconds[key] for key, name in names.items() if seconds[key]})
     axes.axvline(seconds["overlapped"], color="black", linestyle=":", linewidth=1.5)
     axes.annotate("all overlapping", (seconds["overlapped"], 0.42), va="bottom", fontsize=8)
+    axes.axvline(seconds["scheduled"], color="black", linestyle="--", linewidth=1.5)
+    axes.annotate("as scheduled", (seconds["scheduled"], 0.6), va="bottom", fontsize=8)
     axes.set_xlabel("seconds of a step, one after the other")
 
 

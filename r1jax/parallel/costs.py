@@ -117,12 +117,14 @@ class Rules(NamedTuple):
         guess: turns of a loop from its scopes and the most it can take (None: unknown).
         filled: share of the rows of a ragged product that belong to some group.
         apart: devices that hosts send between, over the network: the same of each slice.
+        used: share of the turns in which an all-to-all of ragged rows has any, from its scopes.
     """
 
     devices: int
     guess: Callable[[str, int | None], float]
     filled: float = 1.0
     apart: Groups = ()
+    used: Callable[[str], float] = lambda op_name: 1.0
 
 
 def half(op_name: str, most: int | None) -> float:
@@ -137,30 +139,44 @@ def measure(program: Program, rules: Rules) -> Costs:
 
 
 def _costs(program: Program, place: Place, times: float, rules: Rules, fused: float = 0.0) -> Costs:
-    """Of a computation that runs `times` times.
+    """Of a computation that runs `times` times; `fused` as for `cost`."""
+    total = Costs()
+    for one in place.computation.instructions.values():
+        total.add(cost(program, one, place, times, rules, fused=fused))
+    return total
+
+
+def cost(
+    program: Program,
+    one: Instruction,
+    place: Place,
+    times: float,
+    rules: Rules,
+    *,
+    fused: float = 0.0,
+) -> Costs:
+    """Of an instruction that runs `times` times, with all that it calls.
 
     `fused` is 0 outside fusions; in one it is what its arithmetic is to be divided by.
     """
-    total, inner = Costs(), program.computations
-    for one in place.computation.instructions.values():
-        operands, name = arrays(place.computation, one), _callee(program, one)
-        if one.opcode == "while":
-            total.add(_loop(program, one, place, times, rules))
-        elif one.opcode == "conditional":
-            total.add(_conditional(program, one, place, times, rules))
-        elif name in inner:
-            total.add(_costs(program, Place(inner[name], place.callers), times, rules, fused))
-        else:
-            if one.opcode == "fusion" and (fusion := one.called("calls")) in inner:
-                groups_of = ragged_groups(one)
-                shares = groups_of / rules.filled if groups_of > 1 else max(fused, 1.0)
-                total.add(_costs(program, Place(inner[fusion]), times, rules, shares))
-            _single(total, one, operands, times / max(fused, 1.0), rules)
-            if (kind := _kind(place.computation, one)) is not None:
-                total.collectives.append(_collective(kind, one, operands, times, rules))
-        if not fused and name not in inner:
-            total.traffic += times * traffic(program, place.computation, one)
-            total.traffic += times * read_again(one, operands)
+    inner, name = program.computations, callee(program, one)
+    if one.opcode == "while":
+        return _loop(program, one, place, times, rules)
+    if one.opcode == "conditional":
+        return _conditional(program, one, place, times, rules)
+    if name in inner:
+        return _costs(program, Place(inner[name], place.callers), times, rules, fused)
+    total, operands = Costs(), arrays(place.computation, one)
+    if one.opcode == "fusion" and (fusion := one.called("calls")) in inner:
+        groups_of = ragged_groups(one)
+        shares = groups_of / rules.filled if groups_of > 1 else max(fused, 1.0)
+        total.add(_costs(program, Place(inner[fusion]), times, rules, shares))
+    _single(total, one, operands, times / max(fused, 1.0), rules)
+    if (kind := _kind(place.computation, one)) is not None:
+        total.collectives.append(_collective(kind, one, operands, times, rules))
+    if not fused:
+        total.traffic += times * traffic(program, place.computation, one)
+        total.traffic += times * read_again(one, operands)
     return total
 
 
@@ -182,22 +198,31 @@ def _loop(program: Program, one: Instruction, place: Place, times: float, rules:
     body = program.computations.get(one.called("body") or "")
     if body is None:
         return Costs()
-    turns, most, known = trips(program, one, place), None, True
-    if turns is None:
-        most, known = bound(program, one), False
-        turns = rules.guess(one.op_name, most)
-    found = _costs(
-        program, Place(body, (*place.callers, (place.computation, one))), times * turns, rules
-    )
+    turns, known = turned(program, one, place, rules)
+    found = _costs(program, inside(place, one, body), times * turns, rules)
     if not known:
+        most = bound(program, one)
         found.loops.append(Loop(one.op_name, most, turns, found.total_flops))
     return found
+
+
+def turned(program: Program, loop: Instruction, place: Place, rules: Rules) -> tuple[float, bool]:
+    """(turns of a loop that stands at `place`, whether the program says so)."""
+    turns = trips(program, loop, place)
+    if turns is None:
+        return rules.guess(loop.op_name, bound(program, loop)), False
+    return turns, True
+
+
+def inside(place: Place, loop: Instruction, body: Computation) -> Place:
+    """The body of a loop that stands at `place`."""
+    return Place(body, (*place.callers, (place.computation, loop)))
 
 
 def _conditional(
     program: Program, one: Instruction, place: Place, times: float, rules: Rules
 ) -> Costs:
-    names = list(_branches(one))
+    names = list(branches(one))
     found = [
         _costs(program, Place(program.computations[name], place.callers), times, rules)
         for name in names
@@ -206,7 +231,8 @@ def _conditional(
     return max(found, key=lambda costs: costs.total_flops, default=Costs())
 
 
-def _branches(one: Instruction) -> Iterator[str]:
+def branches(one: Instruction) -> Iterator[str]:
+    """Names of the computations of a conditional."""
     many = one.attributes.partition("branch_computations={")[2].partition("}")[0]
     yield from (name.strip().lstrip("%") for name in many.split(",") if name.strip())
     for role in ("true_computation", "false_computation"):
@@ -214,7 +240,7 @@ def _branches(one: Instruction) -> Iterator[str]:
             yield name
 
 
-def _callee(program: Program, one: Instruction) -> str | None:
+def callee(program: Program, one: Instruction) -> str | None:
     """The computation that runs in its place. On tpu7x collectives stand in library calls."""
     opcode = one.opcode.removesuffix("-start")
     if opcode in ("call", "async"):
@@ -257,7 +283,7 @@ def _collective(
     n = len(found[0]) if found else rules.devices
     size = sum(a.bytes for a in operands)
     if kind == "ragged-all-to-all":
-        size = min(a.bytes for a in operands[:2])
+        size = min(a.bytes for a in operands[:2]) * rules.used(one.op_name)
     if kind in _WHOLE:
         sent = size
     elif kind == "all-gather":

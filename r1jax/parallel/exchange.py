@@ -7,7 +7,6 @@ that a rank sends lie in the order (receiver, token), those it has received in (
 back.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -47,7 +46,6 @@ def sources(counts_nn: jax.Array, me: jax.Array | int, size: int):
     return rank_R, there_nn[rank_R, me] + row_R - begin_R, row_R < end_n[-1]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def exchange(x_SD: jax.Array, counts_nn: jax.Array, size: int, axis: str, ragged: bool):
     """Every rank's rows to where they go: [S, D] → [size, D]. Rows that nobody sends are 0.
 
@@ -66,15 +64,3 @@ def exchange(x_SD: jax.Array, counts_nn: jax.Array, size: int, axis: str, ragged
     rank_R, row_R, real_R = sources(counts_nn, me, size)
     found = jax.lax.all_gather(x_SD, axis)[rank_R, row_R]
     return jnp.where(real_R.reshape(-1, *(1,) * (x_SD.ndim - 1)), found, 0)
-
-
-def _exchange_forward(x_SD, counts_nn, size, axis, ragged):
-    return exchange(x_SD, counts_nn, size, axis, ragged), (counts_nn, len(x_SD))
-
-
-def _exchange_backward(size, axis, ragged, residuals, given):
-    counts_nn, rows = residuals
-    return exchange(given, counts_nn.T, rows, axis, ragged), None
-
-
-exchange.defvjp(_exchange_forward, _exchange_backward)

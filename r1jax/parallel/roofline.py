@@ -2,7 +2,8 @@
 """How long a program takes at the least: each resource at its peak, from the counts of `costs`.
 
 `ASSUMED` says what is taken for granted. The truth lies between the longest of the four times,
-where everything overlaps, and their sum, where nothing does; kernels below their peak come on top.
+where everything overlaps, and their sum, where nothing does, and `schedule` says where; kernels
+below their peak come on top.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ ASSUMED = (
     "a collective uses both directions of every torus dimension that its group spans",
     "an all-to-all pays a quarter of its longest dimension in hops",
     "what crosses slices does so at the full bandwidth of each device's network",
+    "as scheduled: links carry one collective after another, in the order of the program",
 )
 _EVERYONE = {"all-to-all", "ragged-all-to-all"}
 

@@ -20,6 +20,8 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> flo
     A slice reads what it cuts out; an update in place writes what it puts in; a fusion does so for
     the operands that it only slices and the result that it only updates.
     """
+    if one.opcode == "custom-call-update":
+        return _given_later(computation, one)
     if one.opcode in _STILL or one.opcode.endswith(("-done", "-call-update")) or _marks(one):
         return 0.0
     operands = [computation.instructions.get(name) for name in one.operands]
@@ -39,6 +41,15 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> flo
     if one.opcode.endswith("-start"):  # operands are part of the result
         return sum(read) + max(_main(one.arrays) - sum(read), 0.0)
     return sum(read) + _main(one.arrays)
+
+
+def _given_later(computation: Computation, one: Instruction) -> float:
+    """What a sparse core reads and writes that was begun without operands, and gets them now."""
+    begun, *given = (computation.instructions.get(name) for name in one.operands)
+    if begun is None or begun.operands:
+        return 0.0
+    operands = [a for o in given if o is not None for a in o.arrays]
+    return _main((*operands, *one.arrays[len(operands) : len(operands) + 1]))
 
 
 def _marks(one: Instruction) -> bool:

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,11 @@ import jax.numpy as jnp
 from r1jax.config import MeshConfig, PlanConfig, check_redundant
 from r1jax.nn.count import size
 from r1jax.parallel import costs, roofline
-from r1jax.parallel.dispatch import ROUNDS, reach, room
+from r1jax.parallel.dispatch import no_smaller, reach, room
 from r1jax.parallel.hlo import parse
 from r1jax.parallel.mesh import for_decoding, for_long_rows, for_training, make_mesh
+from r1jax.parallel.rounds import ROUNDS
+from r1jax.parallel.schedule import Scheduled, scheduled
 from r1jax.parallel.stacks import Stacked, stacked
 from r1jax.parallel.topology import Topology, devices
 from r1jax.train import jobs
@@ -48,6 +51,7 @@ class Plan(NamedTuple):
         processor_seconds: that all cores spent on it.
         costs: counts of the compiled program; None if it did not compile for lack of memory.
         times: the roofline's; None with them.
+        schedule: what its order takes; None with them.
     """
 
     topology: Topology
@@ -64,6 +68,7 @@ class Plan(NamedTuple):
     processor_seconds: float
     costs: costs.Costs | None
     times: roofline.Times | None
+    schedule: Scheduled | None
 
     @property
     def used(self) -> float:
@@ -157,12 +162,13 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
     fixed, work = (topology, what, sizes, given), (job.tokens, job.model_flops, *took)
     if program is None:
         total = sum(given.values())
-        return Plan(*fixed, total, max(needs - total, 0.0), 0, None, *work, None, None)
+        return Plan(*fixed, total, max(needs - total, 0.0), 0, None, *work, None, None, None)
     memory, text = program.memory_analysis(), parse(program.as_text())
     where = roofline.spots(mesh.devices.flat)
     share, apart = filled(cfg, sizes, what), roofline.counterparts(where)
-    found = costs.measure(text, costs.Rules(sizes.devices, turns, share, apart))
-    times = roofline.times(found, topology.chip, where)
+    n = _pieces(cfg, sizes, what)
+    rules = costs.Rules(sizes.devices, turns(n), share, apart, used(n))
+    found = costs.measure(text, rules)
     return Plan(
         *fixed,
         memory.argument_size_in_bytes,
@@ -171,7 +177,8 @@ def plan(cfg: PlanConfig, topology: Topology, what: str, *, chips: list[Any] | N
         stacked(text),
         *work,
         found,
-        times,
+        roofline.times(found, topology.chip, where),
+        scheduled(text, rules, topology.chip, where),
     )
 
 
@@ -212,22 +219,48 @@ def filled(cfg: PlanConfig, mesh: MeshConfig, what: str) -> float:
         return 1.0
     if what != "decode":
         return 1.0 / moe.dispatch_slack
-    pieces = mesh.batch_shards * (mesh.context if cfg.sampling.layout == "decoding" else 1)
-    rows, k = cfg.grpo.prompts * cfg.grpo.group_size / pieces, moe.num_experts_per_tok
+    tokens, k = _tokens(cfg, mesh, what), moe.num_experts_per_tok
     slots, reached = moe.n_routed_experts, reach(mesh.expert, k, moe.n_group, moe.topk_group)
     if cfg.sampling.redundant_experts:
         slots, reached = slots + cfg.sampling.redundant_experts, min(mesh.expert, k)
     buffer = room(
-        math.ceil(rows),
+        math.ceil(tokens),
         k,
         mesh.expert,
         slots // mesh.expert,
         reach=reached,
         slack=moe.dispatch_slack,
     )
-    return rows * k / buffer.computed
+    return tokens * k / buffer.computed
 
 
-def turns(op_name: str, most: int | None) -> float:
-    """Tokens go to their experts in one round: no buffer overflows. Blocks of attention: half."""
-    return 1.0 if ROUNDS in op_name else costs.half(op_name, most)
+def _tokens(cfg: PlanConfig, mesh: MeshConfig, what: str) -> float:
+    """Those of a device that go to experts at once."""
+    rows = cfg.grpo.prompts * cfg.grpo.group_size
+    if what == "decode":
+        shards = mesh.batch_shards * (mesh.context if cfg.sampling.layout == "decoding" else 1)
+        return rows / shards
+    if what == "train":
+        tokens = cfg.rows_per_device * mesh.devices * cfg.length / cfg.micro_batches
+    else:
+        tokens = rows * cfg.sampled_length
+        tokens /= cfg.grpo.update.minibatches * cfg.grpo.update.micro_batches
+    return tokens / (mesh.batch_shards * mesh.context)
+
+
+def _pieces(cfg: PlanConfig, mesh: MeshConfig, what: str) -> int:
+    """That they go in."""
+    moe = cfg.model.moe
+    pairs = math.ceil(_tokens(cfg, mesh, what)) * moe.num_experts_per_tok
+    return no_smaller(moe.dispatch_pieces, pairs)
+
+
+def turns(pieces: int) -> Callable[[str, int | None], float]:
+    """Tokens go to their experts in one round a piece: no buffer overflows. Blocks of attention
+    turn half as often as they may."""
+    return lambda op_name, most: pieces if ROUNDS in op_name else costs.half(op_name, most)
+
+
+def used(pieces: int) -> Callable[[str], float]:
+    """In the loop over pieces one of each kind of exchange is beside an end and moves nothing."""
+    return lambda op_name: 1.0 - 1.0 / pieces if f"{ROUNDS}/while" in op_name else 1.0

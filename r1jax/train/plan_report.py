@@ -5,8 +5,8 @@ from typing import Any
 
 from r1jax.config import PlanConfig
 from r1jax.parallel.costs import Costs
-from r1jax.parallel.dispatch import ROUNDS
 from r1jax.parallel.roofline import ASSUMED, by_axis
+from r1jax.parallel.rounds import ROUNDS
 from r1jax.train.plan import Plan, filled
 
 GB = 1e9
@@ -36,6 +36,7 @@ def report(plan: Plan, cfg: PlanConfig) -> dict[str, Any]:
         "gradients_gb": None,
         "collective_gb": None,
         "collectives_gb": None,
+        "collectives_seconds": None,
         "tokens": plan.tokens,
         "model_flops": plan.model_flops,
         "counted_flops": None,
@@ -47,16 +48,19 @@ def report(plan: Plan, cfg: PlanConfig) -> dict[str, Any]:
         "compile_processor_seconds": plan.processor_seconds,
         "assumptions": list(ASSUMED),
     }
-    if plan.costs is None or plan.times is None or plan.stacked is None:
+    if plan.costs is None or plan.times is None or plan.stacked is None or plan.schedule is None:
         return found
-    costs, times = plan.costs, plan.times
-    ends = {"overlapped": times.overlapped, "serial": times.serial}
+    costs, times, order = plan.costs, plan.times, plan.schedule
+    ends = {"overlapped": times.overlapped, "scheduled": order.seconds, "serial": times.serial}
     moved = by_axis(costs, plan.mesh.sizes())
     found |= {
         "activations_gb": plan.stacked.forward / GB,
         "gradients_gb": plan.stacked.backward / GB,
         "collective_gb": sum(c.sent for c in costs.collectives) / GB,
         "collectives_gb": {k: {a: b / GB for a, b in v.items()} for k, v in moved.items()},
+        "collectives_seconds": {
+            k: {"sent": s, "waited": order.waited.get(k, 0.0)} for k, s in order.moved.items()
+        },
         "counted_flops": costs.total_flops * n,
         "hbm_traffic_gb": costs.traffic / GB,
         "seconds": times._asdict() | ends,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from r1jax.config import MeshConfig, PlanConfig, to_config_dict
+from r1jax.parallel.roofline import ASSUMED
 from r1jax.parallel.topology import Topology
 from r1jax.train.failure import StageFailed
 from r1jax.train.plan import mesh_for, plan
@@ -127,7 +128,7 @@ def _changed(cfg: PlanConfig, what: str, mesh: MeshConfig, pieces: int, remat: b
 
 def _rank(facts: dict[str, Any]) -> tuple[int, float]:
     if facts["fits"]:
-        return 0, -facts["tokens_per_second"]["serial"]
+        return 0, -facts["tokens_per_second"]["scheduled"]
     return (2, 0.0) if "failed" in facts else (1, facts["hbm_per_chip_gb"])
 
 
@@ -139,12 +140,13 @@ def _line(facts: dict[str, Any]) -> str:
         return f"{mesh}, {how}: {facts['failed']}"
     memory = f"{facts['hbm_per_chip_gb']:.1f} of {facts['hbm_available_gb']:.1f} GB"
     speed = facts["tokens_per_second"]
-    tail = f", {speed['serial']:,.0f} tokens/s or more" if facts["fits"] else ", does not fit"
+    tail = f", {speed['scheduled']:,.0f} tokens/s" if facts["fits"] else ", does not fit"
     return f"{mesh}, {how}: {memory}{tail} (compiled in {facts['compile_seconds']:.0f} s)"
 
 
 def _key(cfg: PlanConfig, topology: Topology, what: str) -> str:
-    text = json.dumps([to_config_dict(cfg).to_dict(), topology.name, what], sort_keys=True)
+    asked = [to_config_dict(cfg).to_dict(), topology.name, what, ASSUMED]
+    text = json.dumps(asked, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

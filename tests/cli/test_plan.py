@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import re
 
 import pytest
 
@@ -10,6 +11,7 @@ from r1jax.cli import main
 from r1jax.config import MeshConfig
 from r1jax.parallel.costs import Collective, Costs, Loop
 from r1jax.parallel.roofline import Times
+from r1jax.parallel.schedule import Scheduled
 from r1jax.parallel.stacks import Stacked
 from r1jax.parallel.topology import parse
 from r1jax.train.failure import StageFailed
@@ -42,6 +44,7 @@ def found(name="v5p-1024", *, temporaries=20e9):
             opaque={"my_kernel": 3.0},
         ),
         times=Times(11.06, 3.25, 0.5, 0.0),
+        schedule=Scheduled(12.5, {"all-gather": 0.5}, {"all-gather": 0.25}, [3.25, 0.5, 0.0]),
     )
 
 
@@ -115,8 +118,10 @@ def test_a_plan_is_a_table_or_one_object(capsys, compiled, tmp_path):
     ]
     assert main(args) == 0
     out, err = capsys.readouterr()
-    for word in ("parameters", "all-gather", "expert", "MFU", "1.300 times", "16 of", "my_kernel"):
+    for word in ("parameters", "expert", "MFU", "1.300 times", "16 of", "my_kernel"):
         assert word in out.replace("8.5 of 16", "16 of")
+    assert re.search(r"all-gather, and waited for +0.5 s, 0.25 s\n", out)
+    assert re.search(r"as scheduled +12.5 s, 671,089 tokens/s, MFU 68.1 %\n", out)
     assert "fits: 36.1 of 102.8 GB" in err
     cfg, topology, what = compiled[-1]
     assert (cfg.mesh.expert, topology.devices, what) == (8, 512, "train")

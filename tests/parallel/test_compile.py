@@ -16,8 +16,8 @@ from r1jax.infer.redundant import served
 from r1jax.nn.param import RouterBias, specs
 from r1jax.nn.transformer import Transformer
 from r1jax.optim import adamw
-from r1jax.parallel.dispatch import ROUNDS
 from r1jax.parallel.mesh import make_mesh
+from r1jax.parallel.rounds import ROUNDS
 from r1jax.sharding import DECODING, ruled, spec
 from r1jax.train.rebalance import compile_rebalance
 from r1jax.train.state import Controls, TrainState

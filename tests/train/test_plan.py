@@ -24,7 +24,7 @@ from r1jax.parallel.topology import Chip, Topology, devices
 from r1jax.parallel.topology import parse as parse_name
 from r1jax.train import plan_search
 from r1jax.train.failure import StageFailed
-from r1jax.train.plan import Plan, compiled, filled, mesh_for, plan
+from r1jax.train.plan import Plan, compiled, filled, mesh_for, plan, turns, used
 from r1jax.train.plan_report import report, verdict
 from tests.nn import tiny
 
@@ -81,13 +81,16 @@ def test_what_a_report_holds(trained):
     seconds = facts["seconds"]
     assert seconds["compute"] == pytest.approx(facts["counted_flops"] / 8 / CHIP.bf16)
     assert seconds["overlapped"] == max(list(seconds.values())[:4])
-    assert facts["mfu"]["serial"] < facts["mfu"]["overlapped"] <= 1.0
+    assert facts["mfu"]["serial"] <= facts["mfu"]["scheduled"] <= facts["mfu"]["overlapped"] <= 1.0
+    assert facts["mfu"]["serial"] < facts["mfu"]["overlapped"]
+    for kind, spent in facts["collectives_seconds"].items():
+        assert spent["waited"] == pytest.approx(spent["sent"]), f"{kind}: a CPU's wait at once"
     assert any("buffer" in line for line in facts["assumptions"])
 
 
 def test_tables_and_pictures(trained, tmp_path):
     facts = report(trained, CFG)
-    short = report(trained._replace(costs=None, times=None, stacked=None), CFG)
+    short = report(trained._replace(costs=None, times=None, stacked=None, schedule=None), CFG)
     for one in (facts, short):
         out = io.StringIO()
         write_plan(one, out)
@@ -189,6 +192,20 @@ def test_decoding_with_redundant_experts():
         mesh_for(odd, EIGHT, "decode")
 
 
+def test_the_turns_of_the_loop_over_pieces():
+    """Each piece is sent once: one exchange stands outside the loop, and one in it is empty."""
+    scopes = {
+        False: "jit(step)/routed_experts/dispatch_rounds/dispatch/ragged_all_to_all",
+        True: "jit(step)/routed_experts/dispatch_rounds/while/body/dispatch/ragged_all_to_all",
+    }
+    for pieces in (1, 8):
+        assert turns(pieces)(scopes[True], None) == pieces
+        inside, outside = (used(pieces)(scopes[i]) for i in (True, False))
+        assert pieces * inside + outside == pieces
+    assert turns(8)("jit(step)/attention/while", 16) == 8.5
+    assert used(8)("jit(step)/attention/while/body/all_to_all") == 1.0
+
+
 def test_the_share_of_a_dispatch_buffer_that_is_filled():
     """One row a device sends 8 pairs; the least buffer is made for 256."""
     whole = PlanConfig()
@@ -279,7 +296,7 @@ def test_a_search_keeps_what_it_finds_and_goes_on(tmp_path, monkeypatch, trained
     assert len(found) == 4
     assert len(compiled) == 3 + 2, "the two that were known are not compiled again"
     assert found[0]["mesh"] == CFG.mesh.sizes() or len({json.dumps(f["mesh"]) for f in found}) > 1
-    speeds = [f["tokens_per_second"]["serial"] for f in found if f["fits"]]
+    speeds = [f["tokens_per_second"]["scheduled"] for f in found if f["fits"]]
     assert speeds == sorted(speeds, reverse=True)
     assert len(speeds) == 3
     assert "bug of its own" in found[-1]["failed"], "it goes on, and the failure is kept"
