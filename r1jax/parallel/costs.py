@@ -24,7 +24,7 @@ from r1jax.parallel.arithmetic import flops, kernel, ragged_groups, ragged_kerne
 from r1jax.parallel.groups import Groups, groups
 from r1jax.parallel.hlo import Array, Computation, Instruction, Program
 from r1jax.parallel.loops import Place, bound, trips
-from r1jax.parallel.traffic import traffic
+from r1jax.parallel.traffic import LIBRARY, traffic
 
 KINDS = (
     "all-gather",
@@ -38,7 +38,6 @@ KINDS = (
 _TWICE = {"all-reduce"}
 _WHOLE = {"collective-permute", "collective-broadcast"}
 _HOSTS = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-_LIBRARY = re.compile(r"called_computations=\{%?([\w.\-]+)\}")
 
 
 class Collective(NamedTuple):
@@ -245,7 +244,7 @@ def callee(program: Program, one: Instruction) -> str | None:
     opcode = one.opcode.removesuffix("-start")
     if opcode in ("call", "async"):
         return one.called("to_apply" if opcode == "call" else "calls")
-    found = _LIBRARY.search(one.attributes) if opcode == "custom-call" else None
+    found = LIBRARY.search(one.attributes) if opcode == "custom-call" else None
     inner = program.computations.get(found.group(1)) if found else None
     holds = inner and any(_kind(inner, i) for i in inner.instructions.values())
     return inner.name if holds else None

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes that one instruction reads and writes in a device's main memory."""
 
+import re
+
 from r1jax.parallel.hlo import Array, Computation, Instruction, Program
 
 # These move nothing themselves: they name, rename or hold together, or their work stands elsewhere.
@@ -11,6 +13,8 @@ _STILL = {
 }  # fmt: skip
 _CUTS = {"dynamic-slice", "slice", "slice-start", "gather"}
 _RENAMES = {"bitcast", "reshape", "copy"}  # inside a fusion a copy is made of what is asked for
+LIBRARY = re.compile(r"called_computations=\{%?([\w.\-]+)\}")
+_COLLECTIVES = ("all-", "reduce-scatter", "ragged-all-", "collective-")
 _VIEWS = {"bitcast", "reshape", "copy", "convert", "transpose"}
 
 
@@ -21,7 +25,7 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> flo
     the operands that it only slices and the result that it only updates.
     """
     if one.opcode == "custom-call-update":
-        return _given_later(computation, one)
+        return _given_later(program, computation, one)
     if one.opcode in _STILL or one.opcode.endswith(("-done", "-call-update")) or _marks(one):
         return 0.0
     operands = [computation.instructions.get(name) for name in one.operands]
@@ -43,13 +47,21 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> flo
     return sum(read) + _main(one.arrays)
 
 
-def _given_later(computation: Computation, one: Instruction) -> float:
+def _given_later(program: Program, computation: Computation, one: Instruction) -> float:
     """What a sparse core reads and writes that was begun without operands, and gets them now."""
     begun, *given = (computation.instructions.get(name) for name in one.operands)
-    if begun is None or begun.operands:
+    if begun is None or begun.operands or _network(program, begun):
         return 0.0
     operands = [a for o in given if o is not None for a in o.arrays]
     return _main((*operands, *one.arrays[len(operands) : len(operands) + 1]))
+
+
+def _network(program: Program, begun: Instruction) -> bool:
+    """Whether it calls a computation with a collective, whose own traffic is counted."""
+    found = LIBRARY.search(begun.attributes)
+    inner = program.computations.get(found.group(1)) if found else None
+    holds = inner.instructions.values() if inner is not None else ()
+    return any(one.opcode.startswith(_COLLECTIVES) for one in holds)
 
 
 def _marks(one: Instruction) -> bool:
