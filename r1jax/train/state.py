@@ -163,7 +163,7 @@ def update(
         keep(router, state.router),
         opt,
         state.graphdef,
-        None if state.load is None else _lately(state.load, load_LE),
+        None if state.load is None else keep(_lately(state.load, load_LE), state.load),
     )
     state = kept(state, laid(state))
     return state, {"grad_norm": norm, "skipped": 1.0 - good.astype(jnp.float32)}
