@@ -213,17 +213,21 @@ def report(out: pathlib.Path) -> None:
             gap = f"{100 * (last(run) / last(base) - 1):+.3f} %" if base else ""
             skipped = int(sum(run["skipped"]))
             print(f"{arm:14} seed {seed}: loss {last(run):.4f} {gap}, {skipped} steps skipped")
-            smooth = lambda x: np.convolve(x, np.ones(20) / 20, "valid")  # noqa: E731
+            smooth = lambda x, n: np.convolve(x, np.ones(n) / n, "valid")  # noqa: E731
             label = arm if seed == min(runs) else None
-            left.plot(smooth(run["loss"]), color=COLOURS[arm], linewidth=1, label=label)
+            left.plot(smooth(run["loss"], 20), color=COLOURS[arm], linewidth=1, label=label)
             if base and arm != "float32":
-                gaps = 100 * (smooth(run["loss"]) / smooth(base["loss"]) - 1)
-                right.plot(gaps, color=COLOURS[arm], linewidth=1, label=label)
+                gaps = 100 * (smooth(run["loss"], 100) / smooth(base["loss"], 100) - 1)
+                right.plot(range(99, 99 + len(gaps)), gaps, color=COLOURS[arm], linewidth=1.3)
+                right.annotate(
+                    f" {seed}", (99 + len(gaps), gaps[-1]), color=COLOURS[arm], fontsize=8
+                )
     left.set_title("Loss, nats a token, mean of 20 steps", loc="left", fontsize=10)
-    right.set_title("Beside float32 of the same seed, percent", loc="left", fontsize=10)
+    right.set_title(
+        "Beside float32 of the same seed, %, mean of 100 steps", loc="left", fontsize=10
+    )
     right.axhspan(-0.5, 0.5, color="#eee")
     left.legend(frameon=False)
-    right.legend(frameon=False)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlabel("step")
