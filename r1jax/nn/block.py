@@ -101,7 +101,8 @@ def run(layers: Block, x_BTD, rotation, sight, valid_BT, *, cfg: ModelConfig | D
         return layer(x, rotation, sight, valid_BT)
 
     few = jax.tree.leaves(layers)[0].shape[0] <= cfg.scan_unroll
-    if cfg.remat or not few or platform() != "cpu":
+    # Outside of a loop bfloat16 is rounded elsewhere with a gradient than without one.
+    if cfg.remat or not few or cfg.dtype != "float32" or platform() != "cpu":
         return jax.lax.scan(remade(body, cfg), x_BTD, layers, unroll=cfg.scan_unroll)
     made, body = [], jax.jit(body)  # traced once
     for layer in pieces(layers):
