@@ -108,7 +108,8 @@ def mesh_for(cfg: PlanConfig, topology: Topology, what: str) -> MeshConfig:
             f"{topology.devices}; {_repair(mesh, topology)} or choose another topology"
         )
     mesh.check(cfg.model, rows=rows, length=mesh.context if what == "decode" else length)
-    check_redundant(cfg.model, cfg.sampling.redundant_experts, "mesh.expert", mesh.expert)
+    if what == "decode":
+        check_redundant(cfg.model, cfg.sampling.redundant_experts, "mesh.expert", mesh.expert)
     return mesh
 
 

@@ -114,6 +114,16 @@ def test_fullest_by_hand():
     assert fullest(np.zeros((1, 4)), 2) == 0.0
 
 
+def check_resumed(out, run, whole):
+    """Stopped in the middle and gone on with, it leaves the model of the whole run bit by bit."""
+    with pytest.raises(KeyboardInterrupt):
+        run_trainer(run, out, display=Watch(at=2))
+    run_trainer(run, out)
+    again = values(out)
+    for name, value in values(whole).items():
+        np.testing.assert_array_equal(value, again[name], err_msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["sft", "grpo"])
 def test_a_run_that_deals_experts_out(folder, tmp_path, trainer):  # noqa: F811
@@ -134,12 +144,7 @@ def test_a_run_that_deals_experts_out(folder, tmp_path, trainer):  # noqa: F811
         for name in a.keys() - {"stage", "seconds", "sampler_error", "expert_load"}:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
     assert moved
-    with pytest.raises(KeyboardInterrupt):
-        run_trainer(run, tmp_path / "cut", display=Watch(at=2))
-    run_trainer(run, tmp_path / "cut")
-    again, whole = values(tmp_path / "cut"), values(tmp_path / "always")
-    for name, value in whole.items():
-        np.testing.assert_array_equal(value, again[name], err_msg=name)
+    check_resumed(tmp_path / "cut", run, tmp_path / "always")
 
 
 @pytest.mark.parametrize(
@@ -191,12 +196,7 @@ def test_a_run_with_redundant_experts_draws_and_learns_the_same(folder, tmp_path
         for name in a.keys() - {"stage", "seconds", "sampler_error", "expert_load"}:
             if name != "fullest_device":
                 np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-5, err_msg=name)
-    with pytest.raises(KeyboardInterrupt):
-        run_trainer(run, tmp_path / "cut", display=Watch(at=2))
-    run_trainer(run, tmp_path / "cut")
-    again, whole = values(tmp_path / "cut"), values(tmp_path / "twice")
-    for name, value in whole.items():
-        np.testing.assert_array_equal(value, again[name], err_msg=name)
+    check_resumed(tmp_path / "cut", run, tmp_path / "twice")
 
 
 @pytest.mark.slow
