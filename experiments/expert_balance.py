@@ -36,8 +36,8 @@ def loads(model, tokens_BT, valid_BT) -> np.ndarray:
 def placed(load_LE: np.ndarray, by_LE: np.ndarray, slots: int, devices: int) -> float:
     """What the fullest device gets of the mean when experts lie as `by_LE` says."""
     found = [spread_out(by_E, slots=slots, devices=devices) for by_E in by_LE]
-    slot_LS = [(load_E / p.copies_E)[p.expert_S] for load_E, p in zip(load_LE, found, strict=True)]
-    return fullest(np.stack(slot_LS), devices)
+    pairs = zip(load_LE, found, strict=True)
+    return fullest(np.stack([p.device_loads(load_E, devices) for load_E, p in pairs]), devices)
 
 
 def main() -> None:

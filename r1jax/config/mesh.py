@@ -59,6 +59,9 @@ class MeshConfig:
             ValueError: names both fields.
         """
         _held(model, "mesh", expert=self.expert, tensor=self.tensor)
+        if isinstance(model, ModelConfig):
+            copies = ("model.moe.redundant_experts", model.moe.redundant_experts)
+            check_redundant(model, *copies, "mesh.expert", self.expert)
         shards = self.fsdp * self.expert * self.context
         for name, width in cut_widths(model).items():
             _cut(name, width, "mesh.fsdp × expert × context", shards)
@@ -114,10 +117,13 @@ class SamplerConfig:
         _cut("rows of a piece", rows, "sampler.data × expert", self.data * self.expert)
 
 
-def check_redundant(model: ModelConfig | DenseConfig, redundant: int, axis: str, n: int) -> None:
-    """Refuses copies of experts (`sampling.redundant_experts`) that the mesh cannot hold evenly.
+def check_redundant(
+    model: ModelConfig | DenseConfig, field: str, redundant: int, axis: str, n: int
+) -> None:
+    """Refuses copies of experts that the mesh cannot hold evenly.
 
     Args:
+        field: that asks for so many.
         axis: name of the mesh axis that experts are dealt out to, of `n` devices.
 
     Raises:
@@ -125,7 +131,7 @@ def check_redundant(model: ModelConfig | DenseConfig, redundant: int, axis: str,
     """
     if not redundant:
         return
-    name = f"sampling.redundant_experts={redundant}"
+    name = f"{field}={redundant}"
     if not isinstance(model, ModelConfig):
         raise ValueError(f"{name}: this model has no routed experts; set it to 0")
     if n == 1:

@@ -78,12 +78,14 @@ class MoEConfig:
     balance_loss_alpha: float = 0.0001  # α of the sequence-wise balance loss
     dispatch_slack: float = 1.25  # rows of an expert-parallel buffer over those of a balanced load
     dispatch_pieces: int = 8  # that a device's tokens are sent to other devices' experts in
+    redundant_experts: int = 0  # copies of a batch's hottest on devices that share them: training
 
     def __post_init__(self):
         positive(self, "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
         positive(self, "moe_intermediate_size", "dispatch_slack", "dispatch_pieces")
-        if self.n_shared_experts < 0:
-            raise ValueError(f"model.moe.n_shared_experts must be >= 0: {self.n_shared_experts}")
+        for name in ("n_shared_experts", "redundant_experts"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"model.moe.{name} must be >= 0, got {vars(self)[name]}")
         if self.n_routed_experts % self.n_group:
             raise ValueError(
                 f"model.moe.n_routed_experts={self.n_routed_experts} must be divisible by "

@@ -45,16 +45,21 @@ class StartConfig:
       dtype: of activations; "" is the checkpoint's. Trained parameters are float32.
       remat: whether layers are computed again in the backward pass: less memory, more time.
       fp8: the recipe of the linear layers; a checkpoint's weights in FP8 blocks do not turn it on.
+      redundant_experts: copies of the experts that most of a batch's tokens go to, dealt out in
+        every pass to the devices of mesh.expert beside their own. Sampling has its own.
     """
 
     path: str = ""
     dtype: str = ""
     remat: bool = True
     fp8: FP8Config = field(default_factory=FP8Config)
+    redundant_experts: int = 0
 
     def __post_init__(self):
         if not self.path:
             raise ValueError("start.path names no model; set it to a model folder or RUN/STAGE")
+        if self.redundant_experts < 0:
+            raise ValueError(f"start.redundant_experts must be >= 0, got {self.redundant_experts}")
         if self.dtype:
             activations(self.dtype, "start.dtype")
 

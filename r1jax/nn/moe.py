@@ -12,7 +12,8 @@ from r1jax.nn.stats import RouterStats
 from r1jax.ops.linear import FP8
 from r1jax.ops.routing import Routing, expert_load, route, sequence_balance_loss
 from r1jax.parallel import dispatch
-from r1jax.parallel.eplb import Placement
+from r1jax.parallel.eplb import Placement, beside
+from r1jax.parallel.relocation import with_copies
 from r1jax.sharding import count, index, local, spec, total, unpartitioned
 
 
@@ -98,7 +99,7 @@ class MoE(nnx.Module):
             if place is not None:  # its copies may be anywhere
                 reached = min(ranks, k)
                 turn_T = jnp.arange(len(x_TD)) + index("batch", "length") * len(x_TD)
-                index_TK = place.slots(index_TK, turn_T)
+                index_TK = place.slots(index_TK, turn_T, cfg.n_routed_experts)
             weights = tuple(param.operand(w, dtype, self.fp8) for w in held)
             how = dict(reach=reached, slack=cfg.dispatch_slack, pieces=cfg.dispatch_pieces)
             how |= dict(fp8=self.fp8)
@@ -110,6 +111,8 @@ class MoE(nnx.Module):
         cut = ("expert",) if unpartitioned("embed") else ("batch", "expert", "mlp")
         pieces = unpartitioned(*cut)
         if not pieces:
+            if count("expert") > 1 and cfg.redundant_experts:
+                held, place = self._copied(held, routing.index_TK, dtype)
             return run(x_TD, routing.index_TK, routing.weight_TK, held, place)
         short = -len(x_TD) % pieces
         padded = lambda x, fill=0: jnp.pad(x, ((0, short), (0, 0)), constant_values=fill)  # noqa: E731
@@ -118,6 +121,25 @@ class MoE(nnx.Module):
         where = (*(spec("batch", None),) * 3, param.specs(held), param.specs(place))
         y_TD, overflow = local(run, where, (where[0], spec()))(*rows, held, place)
         return y_TD[: len(x_TD)], overflow
+
+    def _copied(self, held, index_TK: jax.Array, dtype):
+        """The weights with copies of the hottest experts of this very batch on every device.
+
+        The loads are known before a token is sent, as in DeepSeek's dynamic redundancy (section
+        3.4.2): nothing is kept from step to step.
+        """
+        e, ranks = self.router.cfg.n_routed_experts, count("expert")
+        every_T = jnp.ones(len(index_TK), bool)
+        load_E = total(expert_load(index_TK, every_T, e), "batch", "length")
+        place = beside(load_E, slots=e + self.router.cfg.redundant_experts, devices=ranks)
+        expert_nX = place.expert_S.reshape(ranks, -1)[:, e // ranks :]
+        dtype = dtype if self.fp8 is None else jnp.float32
+
+        def copied(weight):
+            # Before it is made whole along its other axes, so that less crosses devices.
+            return weight.replace(with_copies(weight[...].astype(dtype), expert_nX))
+
+        return tuple(map(copied, held)), place
 
 
 class Placed(nnx.Module):
@@ -133,8 +155,8 @@ class Placed(nnx.Module):
             place: which experts those are.
         """
         self.moe = moe
-        self.expert, self.copies = map(param.slots, place)
+        self.expert, self.share = map(param.slots, place)
 
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
         """As `MoE`."""
-        return self.moe(x_BTD, valid_BT, Placement(self.expert[...], self.copies[...]))
+        return self.moe(x_BTD, valid_BT, Placement(self.expert[...], self.share[...]))

@@ -25,7 +25,7 @@ class RouterBias(nnx.Variable):
 
 
 class Slots(nnx.Variable):
-    """Which experts the slots of a served mixture hold: integers that no layer casts."""
+    """What the slots of a served mixture hold, and the shares they take: no layer casts them."""
 
 
 def normal(
@@ -48,7 +48,7 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...],
 
 
 def slots(x: jax.Array) -> Slots:
-    """Integers that are whole on all devices."""
+    """Something of the slots that is whole on all devices."""
     return Slots(x, out_sharding=(None,) * x.ndim, eager_sharding=False, exact=True)
 
 

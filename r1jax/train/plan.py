@@ -109,7 +109,8 @@ def mesh_for(cfg: PlanConfig, topology: Topology, what: str) -> MeshConfig:
         )
     mesh.check(cfg.model, rows=rows, length=mesh.context if what == "decode" else length)
     if what == "decode":
-        check_redundant(cfg.model, cfg.sampling.redundant_experts, "mesh.expert", mesh.expert)
+        copies = ("sampling.redundant_experts", cfg.sampling.redundant_experts)
+        check_redundant(cfg.model, *copies, "mesh.expert", mesh.expert)
     return mesh
 
 

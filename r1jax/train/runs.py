@@ -121,8 +121,9 @@ def _run_trainer(cfg: RunConfig, run: Run, force: bool) -> Record:
         check_rebalance(model, cfg.rebalance_every, cfg.mesh)
         if isinstance(cfg, GRPORun | PPORun):
             own = _apart(cfg) > 0
-            where = ("sampler.expert", cfg.sampler) if own else ("mesh.expert", cfg.mesh)
-            check_redundant(model, cfg.sampling.redundant_experts, where[0], where[1].expert)
+            axis, where = ("sampler.expert", cfg.sampler) if own else ("mesh.expert", cfg.mesh)
+            copies = ("sampling.redundant_experts", cfg.sampling.redundant_experts)
+            check_redundant(model, *copies, axis, where.expert)
 
     if Path(cfg.start.path).exists() and not is_run(Path(cfg.start.path)):
         run.progress.message(f"reading {cfg.start.path}")  # perhaps many gigabytes

@@ -81,6 +81,13 @@ def open_start(
     changes: dict[str, Any] = {"remat": cfg.remat, "fp8": cfg.fp8}
     if cfg.dtype:
         changes["dtype"] = cfg.dtype
+    if isinstance(found.cfg, ModelConfig):
+        changes["moe"] = dataclasses.replace(found.cfg.moe, redundant_experts=cfg.redundant_experts)
+    elif cfg.redundant_experts:
+        raise ValueError(
+            f"start.redundant_experts={cfg.redundant_experts}: {cfg.path} has no routed experts; "
+            "set it to 0"
+        )
     arch = dataclasses.replace(found.cfg, **changes)
     check(arch)
     # Weights in FP8 blocks are dequantised by this too.

@@ -174,9 +174,9 @@ def test_experts_that_cannot_be_held_evenly_are_refused():
         (CFG, 3, 4, "8 are 11 together, which mesh.expert=4 must divide; set it to 4"),
     ):
         with pytest.raises(ValueError, match=said):
-            check_redundant(model, redundant, "mesh.expert", n)
-    check_redundant(CFG, 4, "mesh.expert", 4)
-    check_redundant(QWEN2, 0, "mesh.expert", 4)
+            check_redundant(model, "copies", redundant, "mesh.expert", n)
+    check_redundant(CFG, "copies", 4, "mesh.expert", 4)
+    check_redundant(QWEN2, "copies", 0, "mesh.expert", 4)
     with pytest.raises(ValueError, match="sampling.layout='training' set it to 0"):
         SamplingConfig(redundant_experts=2, layout="training")
 
