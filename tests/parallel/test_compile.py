@@ -16,9 +16,14 @@ from r1jax.infer.redundant import served
 from r1jax.nn.param import RouterBias, specs
 from r1jax.nn.transformer import Transformer
 from r1jax.optim import adamw
+from r1jax.parallel import costs, roofline
+from r1jax.parallel.hlo import parse
 from r1jax.parallel.mesh import make_mesh
 from r1jax.parallel.rounds import ROUNDS
+from r1jax.parallel.schedule import scheduled
+from r1jax.parallel.topology import CHIPS
 from r1jax.sharding import DECODING, ruled, spec
+from r1jax.train.plan import turns, used
 from r1jax.train.rebalance import compile_rebalance
 from r1jax.train.state import Controls, TrainState
 from r1jax.train.supervised import supervised_step
@@ -74,6 +79,21 @@ def test_the_sparse_dispatch_compiles_for_a_tpu(eight):
     assert ROUNDS in text
     assert "conditional(" not in text
     assert compiled.memory_analysis().temp_size_in_bytes > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copies", [0, 4])
+def test_what_goes_to_experts_is_sent_beside_products(eight, copies):
+    """By the compiler's schedule hardly any of it is waited for, nor are the copies of experts."""
+    moe = dataclasses.replace(REMADE.moe, moe_intermediate_size=512, redundant_experts=copies)
+    moe = dataclasses.replace(moe, dispatch_pieces=4, dispatch_slack=1.25)
+    cfg = dataclasses.replace(REMADE, hidden_size=1024, num_layers=3, dtype="bfloat16", moe=moe)
+    text = parse(lowered(cfg, rows=32, length=2048).compile().as_text())
+    where = roofline.spots(jax.sharding.get_mesh().devices.flat)
+    rules = costs.Rules(8, turns(4), 0.8, roofline.counterparts(where), used(4))
+    found = scheduled(text, rules, CHIPS["v5p"], where)
+    assert found.moved["ragged-all-to-all"] > found.seconds / 10
+    assert found.waited["ragged-all-to-all"] < found.moved["ragged-all-to-all"] / 10
 
 
 @pytest.mark.slow
