@@ -21,16 +21,19 @@ from r1jax.infer.multitoken import (
     probabilities,
     run,
     start_drafter,
-    wants,
 )
 from r1jax.infer.prompts import Kept, bucket, feed
 from r1jax.infer.sample import draw
-from r1jax.infer.speculative import HOPE, Costs, pays
+from r1jax.infer.speculative import Costs, best_horizon, hope
 from r1jax.infer.unrolled import for_decoding
-from r1jax.nn.count import drafter_share
+from r1jax.nn.count import read_by_draft, read_by_pass
 
 ROOM = 64  # tokens that one call of the compiled loop can make
+SHORT = 8  # entries that a drafter catches up with by a smaller program
 PATIENCE = 0.1  # seconds that a stream may be silent
+# Tokens that a parameter is multiplied by in the time that it takes to be read: of accelerators, of
+# CPUs.
+FREE = (256, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +136,7 @@ class Generation:
             model: a decoder made of stacks.
             prompts: token ids of each row, at least one.
             sampling: how to generate.
-            costs: of drafting; None: `draft_costs(model)`.
+            costs: of drafting; None: `draft_costs(model, rows)`.
             kept: what an earlier generation of the same rows and model left, `Generation.kept`;
                 what its tokens share with the prompts is not fed again. It is used up.
 
@@ -147,7 +150,7 @@ class Generation:
         self._prompts = [list(map(int, p)) for p in prompts]
         self._before, self._rows = kept, [list(row) for row in self._prompts]
         self._session: Session | None = None
-        self._costs = draft_costs(model) if costs is None else costs
+        self._costs = draft_costs(model, len(prompts)) if costs is None else costs
         self._temperature_B = jnp.full(len(prompts), sampling.temperature, jnp.float32)
 
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -165,7 +168,7 @@ class Generation:
             made = np.asarray(session.made_B)
             # As many tokens a call as the stream's reader has patience for.
             took = (time.perf_counter() - began) / max(int(made.max()), 1)
-            most = int(np.clip(PATIENCE / took, 1, min(2 * most, ROOM)))
+            most = int(np.clip(PATIENCE / took, 1, ROOM))
             tokens = np.asarray(session.tokens_BM)
             self._count(made, np.asarray(session.counts))
             yield self._noted([row[:n].tolist() for row, n in zip(tokens, made, strict=True)])
@@ -187,20 +190,19 @@ class Generation:
         return Kept(fed, cache, drafter.own, np.asarray(drafter.length_B))
 
     def _call(self, session: Session, most: int) -> Session:
-        """Some rounds: with drafts if they pay for some row now, else without."""
+        """Some rounds: with as many drafts as pay for some row now, perhaps none."""
         rules, how = self.sampling.rules, (most, self._costs)
-        drafting = session.drafter is not None
-        if not drafting or not (rules.rerank or self._drafting_pays(session)):
+        d = session.drafter
+        if d is None:
             rules = rules._replace(drafts=0)
+        elif not rules.rerank:
+            rules = rules._replace(drafts=int(d.depth))
+            waiting, width = int(np.asarray(d.pending_B).max()), d.next_BW.shape[1]
+            if waiting > (rules.drafts + 1 if rules.drafts else width - ROOM):
+                fixed = dict(treedef=self._treedef, width=width if waiting > SHORT else SHORT)
+                session = session._replace(drafter=_catch_up(self._weights, d, **fixed))
         fixed = dict(treedef=self._treedef, rules=rules)
-        session = _run(self._weights, session, self._temperature_B, how, **fixed)
-        if drafting and not rules.drafts:
-            drafter = _catch_up(self._weights, session.drafter, treedef=self._treedef)
-            session = session._replace(drafter=drafter)
-        return session
-
-    def _drafting_pays(self, session: Session) -> bool:
-        return np.asarray(_wants(session, self._costs, most=self.sampling.drafts)).any()
+        return _run(self._weights, session, self._temperature_B, how, **fixed)
 
     def _count(self, made: np.ndarray, new: np.ndarray) -> None:
         passes, drafted, accepted = (int(n) for n in new)
@@ -213,34 +215,17 @@ class Generation:
         )
 
     def _prefill(self) -> Session:
-        lengths = np.array([len(p) for p in self._prompts], np.int32)
         rules = self.sampling.rules
-        hopeless = not pays(jnp.full(1, HOPE), self._costs, rules.drafts).any()
-        if hopeless and not rules.rerank:
+        if not (rules.rerank or _hoped(*self._costs, rules.drafts)):
             rules = rules._replace(drafts=0)
-        fed = feed(self.model, self._prompts, mtp=rules.drafts > 0, kept=self._before)
-        self._before, hidden_BD = None, fed.hidden_BD
-        self.counts = Counts(reused=fed.reused)
-        key, now = jax.random.split(jax.random.key(self.sampling.seed))
-        token_B = _first(self.model, hidden_BD, self._temperature_B, now, rules=rules)
-        drafter = None
-        if rules.drafts:
-            width = ROOM + rules.drafts + 1
-            own_B = jnp.asarray(lengths - 1)
-            drafter = start_drafter(fed.own, own_B, hidden_BD, token_B, width=width)
-        ended = np.isin(np.asarray(token_B), rules.eos_ids)
-        left = np.where(ended, 0, self.sampling.max_tokens - 1).astype(np.int32)
-        rows = len(lengths)
-        return Session(
-            cache=fed.cache,
-            drafter=drafter,
-            token_B=token_B,
-            left_B=jnp.asarray(left),
-            key=key,
-            tokens_BM=jnp.zeros((rows, ROOM + rules.drafts), jnp.int32),
-            made_B=jnp.zeros(rows, jnp.int32),
-            counts=jnp.zeros(3, jnp.int32),
-        )
+        most = 2 * (ROOM + rules.drafts + 1)
+        how = dict(mtp=rules.drafts > 0, kept=self._before, room=most)
+        fed = feed(self.model, self._prompts, **how)
+        self._before, self.counts = None, Counts(reused=fed.reused)
+        lengths = np.array([len(p) for p in self._prompts], np.int32)
+        key = jax.random.key(self.sampling.seed)
+        how = (self._temperature_B, lengths, self.sampling.max_tokens, key)
+        return _started(self.model, fed.cache, fed.own, fed.hidden_BD, *how, rules=rules)
 
     def _with_room(self, session: Session) -> Session:
         """The session with slots for everything that one call can write."""
@@ -269,15 +254,19 @@ def generate(model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> lis
     return out
 
 
-def draft_costs(model) -> Costs:
-    """What drafting costs, from the parameters that a pass reads: decoding waits for memory.
+def draft_costs(model, rows: int) -> Costs:
+    """What drafting costs, from the parameters that a pass reads and multiplies by.
 
-    Estimated, not timed, so that a seed gives the same tokens on a slow day.
+    A draft takes the MTP module's pass, and in the main model's the experts that it asks for beside
+    the others, and its arithmetic. Estimated, not timed, so that a seed gives the same tokens on a
+    slow day.
     """
     if not model.has_mtp:
         return Costs(0.0, 0.0)
-    draft = drafter_share(model.cfg)
-    return Costs(round=0.1 + draft, draft=draft)
+    cfg, free = model.cfg, FREE[jax.default_backend() == "cpu"]
+    took = lambda tokens: read_by_pass(cfg, tokens) + tokens * read_by_pass(cfg, 1) / free  # noqa: E731
+    module = (read_by_draft(cfg, rows) + rows * read_by_draft(cfg, 1) / free) / took(rows)
+    return Costs(round=0.1 + module, draft=module + took(2 * rows) / took(rows) - 1.0)
 
 
 def _check(model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
@@ -306,14 +295,36 @@ def _run(weights, session: Session, temperature_B, how, *, treedef, rules: Rules
     return run(model, session, temperature_B, most, costs, rules=rules)
 
 
-@functools.partial(jax.jit, static_argnames="treedef", donate_argnames="drafter")
-def _catch_up(weights, drafter: Drafter, *, treedef) -> Drafter:
-    return catch_up(jax.tree.unflatten(treedef, weights), drafter)
+@functools.partial(jax.jit, static_argnames=("treedef", "width"), donate_argnames="drafter")
+def _catch_up(weights, drafter: Drafter, *, treedef, width: int) -> Drafter:
+    return catch_up(jax.tree.unflatten(treedef, weights), drafter, width=width)
 
 
-_wants = jax.jit(wants, static_argnames="most")
+@functools.cache
+def _hoped(round: float, draft: float, drafts: int) -> int:
+    """Drafts that pay before any was made."""
+    return int(best_horizon(hope(drafts)[None], np.ones(1, bool), Costs(round, draft)))
 
 
-@functools.partial(jax.jit, static_argnames="rules")
-def _first(model, hidden_BD, temperature_B, key, *, rules: Rules):
-    return draw(probabilities(model, hidden_BD[:, None], temperature_B, rules)[:, 0], key)
+@functools.partial(jax.jit, static_argnames="rules", donate_argnames=("cache", "own"))
+def _started(model, cache, own, hidden_BD, *how, rules: Rules) -> Session:
+    """A session behind its first token, from prompts in the caches and the hidden states there."""
+    temperature_B, length_B, max_tokens, key = how
+    key, now = jax.random.split(key)
+    token_B = draw(probabilities(model, hidden_BD[:, None], temperature_B, rules)[:, 0], now)
+    drafter = None
+    if rules.drafts:
+        width = ROOM + rules.drafts + 1
+        how = dict(width=width, rate_T=hope(rules.drafts))
+        drafter = start_drafter(own, length_B - 1, hidden_BD, token_B, **how)
+    rows, ended_B = len(length_B), jnp.isin(token_B, jnp.array(rules.eos_ids, jnp.int32))
+    return Session(
+        cache=cache,
+        drafter=drafter,
+        token_B=token_B,
+        left_B=jnp.where(ended_B, 0, max_tokens - 1).astype(jnp.int32),
+        key=key,
+        tokens_BM=jnp.zeros((rows, ROOM + rules.drafts), jnp.int32),
+        made_B=jnp.zeros(rows, jnp.int32),
+        counts=jnp.zeros(3, jnp.int32),
+    )

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 
 from r1jax.infer.cache import Cache, extend, last, slots
 from r1jax.infer.sample import distribution, draw
-from r1jax.infer.speculative import HOPE, Costs, goes_on, pays, updated_rate, verify
+from r1jax.infer.speculative import Costs, best_horizon, goes_on, updated_rate, verify
 from r1jax.nn.block import Entry
+
+PACE = 32  # rounds after which more drafts may be tried
 
 
 class Drafter(NamedTuple):
@@ -29,7 +31,9 @@ class Drafter(NamedTuple):
             call can make: rounds without drafts leave them to be caught up with together.
         next_BW: [B, W] int32, the token after each.
         pending_B: [B] int32, how many these are; a drafting round finds at most drafts + 1.
-        rate_B: [B] running acceptance.
+        rate_BT: [B, T] running acceptance of a round's first, second, … draft.
+        rounds: int32 scalar, made so far.
+        depth: int32 scalar, most drafts of the next round, whose program depends on it.
     """
 
     own: Entry
@@ -37,7 +41,9 @@ class Drafter(NamedTuple):
     hidden_BWD: jax.Array
     next_BW: jax.Array
     pending_B: jax.Array
-    rate_B: jax.Array
+    rate_BT: jax.Array
+    rounds: jax.Array
+    depth: jax.Array
 
 
 class Session(NamedTuple):
@@ -83,13 +89,16 @@ class Rules(NamedTuple):
     rerank: int = 0
 
 
-def start_drafter(own: Entry, length_B, hidden_BD: jax.Array, token_B: jax.Array, *, width: int):
-    """A drafter whose cache holds all of the prompt but its last token; `width` is W."""
+def start_drafter(
+    own: Entry, length_B, hidden_BD: jax.Array, token_B: jax.Array, *, width: int, rate_T: jax.Array
+) -> Drafter:
+    """A drafter whose cache holds all of a prompt but its last token; `width` is W."""
     b, d = hidden_BD.shape
     hidden_BWD = jnp.zeros((b, width, d), hidden_BD.dtype).at[:, 0].set(hidden_BD)
     next_BW = jnp.zeros((b, width), jnp.int32).at[:, 0].set(token_B)
     ones = jnp.ones(b, jnp.int32)
-    return Drafter(own, length_B, hidden_BWD, next_BW, ones, jnp.full(b, HOPE))
+    rate_BT, zero = jnp.tile(rate_T, (b, 1)), jnp.int32(0)
+    return Drafter(own, length_B, hidden_BWD, next_BW, ones, rate_BT, zero, zero + len(rate_T))
 
 
 def extend_mtp(model, hidden_BTD: jax.Array, next_BT: jax.Array, own: Entry, length_B: jax.Array):
@@ -120,7 +129,7 @@ def run(
     rules: Rules,
 ) -> Session:
     """Rounds until every row is done, one has made `most` of the M tokens there is room for, or
-    drafting no longer pays for any.
+    it is time for another number of drafts: that depends on the rows alone, not on `most`.
 
     Args:
         model: a decoder made of stacks, with an MTP module if `rules.drafts`.
@@ -129,12 +138,12 @@ def run(
         most: scalar int32.
         costs: of drafting.
         rules: with `drafts` = 0 no round drafts, also where the session has a drafter: `catch_up`
-            must then follow before it drafts again.
+            must then come before one that drafts.
     """
     more = more_of(session, most, rules)
 
     def go_on(s: Session):
-        return more(s) & wants(s, costs, rules.drafts).any() if rules.drafts else more(s)
+        return more(s) & (s.drafter is None or s.drafter.depth == rules.drafts)
 
     def body(s: Session):
         key, now = jax.random.split(s.key)
@@ -146,7 +155,8 @@ def run(
         else:
             b, n = s.token_B.shape[0], model.head_DN().shape[-1]
             drafts = jnp.zeros((b, 0), jnp.int32), jnp.zeros((b, 0, n)), jnp.zeros(b, jnp.int32)
-        return _judged(model, s, drafts, temperature_B, now, rules=rules)
+        s = _judged(model, s, drafts, temperature_B, now, rules=rules)
+        return s if s.drafter is None else s._replace(drafter=_paced(s, costs))
 
     return jax.lax.while_loop(go_on, body, uncounted(session))
 
@@ -162,16 +172,23 @@ def more_of(session: Session, most: jax.Array, rules: Rules) -> Callable[[Sessio
     return lambda s: (s.left_B > 0).any() & (s.made_B < most).all()
 
 
-def wants(s: Session, costs: Costs, most: int) -> jax.Array:
-    """[B] bool: rows that are not done and for which drafting pays; the last token is not drafted,
-    for the main model to draw."""
-    return pays(s.drafter.rate_B, costs, most) & (s.left_B > 1)
+def _paced(s: Session, costs: Costs) -> Drafter:
+    """The drafter with the depth of the next round: fewer drafts as soon as that is better, more
+    every `PACE` rounds."""
+    d = s.drafter
+    best = best_horizon(d.rate_BT, s.left_B > 0, costs)
+    return d._replace(depth=jnp.where((best < d.depth) | (d.rounds % PACE == 0), best, d.depth))
 
 
-def catch_up(model, drafter: Drafter) -> Drafter:
-    """Makes all pending entries but the last: the next draft starts from its output."""
+def catch_up(model, drafter: Drafter, *, width: int) -> Drafter:
+    """Makes all pending entries but the last: the next draft starts from its output.
+
+    Args:
+        width: entries that a row has pending at most.
+    """
     d = drafter
-    _, own = extend_mtp(model, d.hidden_BWD, d.next_BW, d.own, d.length_B)
+    hidden_BwD, next_Bw = d.hidden_BWD[:, :width], d.next_BW[:, :width]
+    _, own = extend_mtp(model, hidden_BwD, next_Bw, d.own, d.length_B)
     done_B = jnp.maximum(d.pending_B - 1, 0)
     move = lambda x: jax.vmap(lambda row, n: jnp.roll(row, -n, axis=0))(x, done_B)  # noqa: E731
     return d._replace(
@@ -192,22 +209,21 @@ def _draft(model, s: Session, temperature_B, key, costs: Costs, *, rules: Rules)
     hidden_BWD, next_BW = d.hidden_BWD[:, : depth + 1], d.next_BW[:, : depth + 1]
     hidden, own = extend_mtp(model, hidden_BWD, next_BW, d.own, d.length_B)
     hidden_BD, length_B = last(hidden, d.pending_B), d.length_B + d.pending_B
-    live_B, chain_B = wants(s, costs, depth), jnp.ones_like(d.rate_B)
+    live_B, chain_B = s.left_B > 0, jnp.ones_like(d.rate_BT[:, 0])
     horizon_B = jnp.zeros_like(length_B)
     drafts, distributions = [], []
     for t in range(depth):
         q_BN = probabilities(model, hidden_BD[:, None], temperature_B, rules)[:, 0]
-        more_B, chain_B = goes_on(chain_B, d.rate_B, q_BN.max(-1), costs)
-        # The first is drafted wherever drafting pays at all; one token must be left for the main
-        # model to draw.
+        more_B, chain_B = goes_on(chain_B, d.rate_BT[:, t], q_BN.max(-1), costs)
+        # A round has a first draft for every row; one token must be left for the main model to
+        # draw.
         live_B &= (more_B if t else True) & (s.left_B > t + 1)
         horizon_B += live_B
         distributions.append(q_BN)
         drafts.append(draw(q_BN, jax.random.fold_in(key, t)))
         if t + 1 < depth:
-            hidden, own = extend_mtp(
-                model, hidden_BD[:, None], drafts[-1][:, None], own, length_B + t
-            )
+            fed = hidden_BD[:, None], drafts[-1][:, None]
+            hidden, own = extend_mtp(model, *fed, own, length_B + t)
             hidden_BD = hidden[:, 0]
     drafter = d._replace(own=own, length_B=length_B, pending_B=jnp.zeros_like(d.pending_B))
     return (jnp.stack(drafts, 1), jnp.stack(distributions, 1), horizon_B), drafter
@@ -224,8 +240,9 @@ def _judged(model, s: Session, drafts, temperature_B, key, *, rules: Rules) -> S
     if s.drafter is None:
         return on
     # A row that was done keeps its rate for nobody.
-    rate_B = updated_rate(s.drafter.rate_B, horizon_B, verdict.accepted_B)
-    return on._replace(drafter=on.drafter._replace(rate_B=rate_B))
+    rate_BT = updated_rate(s.drafter.rate_BT, horizon_B, verdict.accepted_B)
+    rounds = on.drafter.rounds + 1
+    return on._replace(drafter=on.drafter._replace(rate_BT=rate_BT, rounds=rounds))
 
 
 class Drawn(NamedTuple):

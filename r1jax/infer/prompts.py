@@ -48,7 +48,14 @@ class Fed(NamedTuple):
     reused: int
 
 
-def feed(model, prompts: Sequence[Sequence[int]], *, mtp: bool, kept: Kept | None = None) -> Fed:
+def feed(
+    model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    mtp: bool,
+    kept: Kept | None = None,
+    room: int = 0,
+) -> Fed:
     """Feeds prompts of any lengths, `CHUNK` tokens at a time.
 
     Args:
@@ -56,6 +63,7 @@ def feed(model, prompts: Sequence[Sequence[int]], *, mtp: bool, kept: Kept | Non
         prompts: token ids of each row.
         mtp: feed the MTP module too: hidden i and token i + 1, all but the last.
         kept: of the same rows; what their prompts share with it is not fed again. It is used up.
+        room: slots that the caches have behind the longest prompt, at least one.
     """
     length_B = np.array([len(p) for p in prompts], np.int32)
     start_B = np.zeros_like(length_B) if kept is None else _shared(kept, prompts, mtp)
@@ -65,26 +73,20 @@ def feed(model, prompts: Sequence[Sequence[int]], *, mtp: bool, kept: Kept | Non
     padded_BS = np.zeros((len(prompts), -(-most // width) * width + 1), np.int32)
     for row, prompt, start in zip(padded_BS, prompts, start_B, strict=True):
         row[: len(prompt) - start] = prompt[start:]
-    capacity = bucket(max(int(length_B.max()) + 1, int(start_B.max()) + padded_BS.shape[1] - 1))
+    need = int(length_B.max()) + max(room, 1), int(start_B.max()) + padded_BS.shape[1] - 1
+    capacity = bucket(max(need))
     cache, own, hidden_BD = None, None, None
     if start_B.any():
         cache, own = _roomy(kept, start_B, capacity, mtp)
     for start in range(0, most, width):
-        tokens_BT = padded_BS[:, start : start + width]
+        part = padded_BS[:, start : start + width], padded_BS[:, start + 1 : start + width + 1]
         valid_B = np.clip(rest_B - start, 0, width)
         if cache is None:
-            hidden_BTD, cache = _begin(model, tokens_BT, valid_B, capacity=capacity)
-            # The module's block is of the kind of the last stack's.
-            own = jax.tree.map(lambda x: jnp.zeros_like(x[:1]), cache.entries[-1]) if mtp else None
-        else:
-            hidden_BTD, cache = _extend(model, tokens_BT, cache, valid_B)
-        if hidden_BD is None:
-            hidden_BD = jnp.zeros_like(hidden_BTD[:, 0])
+            hidden_BD, cache, own = _begin(model, *part, valid_B, capacity=capacity, mtp=mtp)
+            continue
+        new_BD, cache, own = _extend(model, (*part, valid_B), cache, own, start_B + start)
         ends_B = (valid_B > 0) & (rest_B <= start + width)
-        hidden_BD = jnp.where(ends_B[:, None], last(hidden_BTD, valid_B), hidden_BD)
-        if mtp:
-            next_BT = padded_BS[:, start + 1 : start + width + 1]
-            own = _extend_mtp(model, hidden_BTD, next_BT, own, start_B + start)
+        hidden_BD = new_BD if hidden_BD is None else jnp.where(ends_B[:, None], new_BD, hidden_BD)
     return Fed(cache, own, hidden_BD, int(start_B.sum()))
 
 
@@ -121,17 +123,24 @@ def bucket(n: int) -> int:
     return 1 << max(n - 1, 127).bit_length() if n <= 1024 else -(-n // step) * step
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
-def _begin(model, tokens_BT, valid_B, *, capacity: int):
-    return begin(model, tokens_BT, valid_B, capacity)
+@functools.partial(jax.jit, static_argnames=("capacity", "mtp"))
+def _begin(model, tokens_BT, next_BT, valid_B, *, capacity: int, mtp: bool):
+    """(hidden_BD at each row's last token of the chunk, cache, own) of a first chunk."""
+    hidden_BTD, cache = begin(model, tokens_BT, valid_B, capacity)
+    own = None
+    if mtp:
+        # The module's block is of the kind of the last stack's.
+        blank = jax.tree.map(lambda x: jnp.zeros_like(x[:1]), cache.entries[-1])
+        own = extend_mtp(model, hidden_BTD, next_BT, blank, jnp.zeros_like(valid_B))[1]
+    return last(hidden_BTD, valid_B), cache, own
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def _extend(model, tokens_BT, cache: Cache, valid_B):
+@functools.partial(jax.jit, donate_argnames=("cache", "own"))
+def _extend(model, part, cache: Cache, own, own_length_B):
+    """The same of a further chunk; without an MTP module `own` is None."""
+    tokens_BT, next_BT, valid_B = part
     hidden_BTD, cache = extend(model, tokens_BT, cache)
-    return hidden_BTD, cache._replace(length_B=cache.length_B + valid_B)
-
-
-@functools.partial(jax.jit, donate_argnames="own")
-def _extend_mtp(model, hidden_BTD, next_BT, own, length_B):
-    return extend_mtp(model, hidden_BTD, next_BT, own, length_B)[1]
+    if own is not None:
+        own = extend_mtp(model, hidden_BTD, next_BT, own, own_length_B)[1]
+    cache = cache._replace(length_B=cache.length_B + valid_B)
+    return last(hidden_BTD, valid_B), cache, own

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from r1jax.infer.sample import draw
 
-HOPE = 0.8  # acceptance that a row is credited with before it has drafted
+HOPE = 0.9  # acceptance that a row's first drafts are credited with before it has drafted
 
 
 class Verdict(NamedTuple):
@@ -84,25 +84,38 @@ class Costs(NamedTuple):
     draft: jax.Array | float
 
 
-def pays(rate_B: jax.Array, costs: Costs, most: int) -> jax.Array:
-    """[B] bool: whether some number of drafts up to `most` is faster than none.
+def hope(t: int) -> jax.Array:
+    """[T] acceptance of a round's drafts before any was made: drafts of drafts are worse ones."""
+    return HOPE ** jnp.arange(1, t + 1)
 
-    With acceptance r, k drafts bring 1 + r + … + r^k tokens for 1 + round + k · draft passes.
+
+def best_horizon(rate_BT: jax.Array, live_B: jax.Array, costs: Costs) -> jax.Array:
+    """Scalar int32: how many drafts, of up to T, make the rows' tokens fastest; 0: none.
+
+    k drafts bring a row 1 + r_1 + r_1 r_2 + … + r_1 … r_k tokens, and cost all rows together
+    1 + round + k · draft passes.
+
+    Args:
+        rate_BT: [B, T] acceptance of the first draft, of the second where the first is accepted, …
+        live_B: [B] bool: rows that count.
+        costs: of drafting.
     """
-    drafts_K = jnp.arange(1, most + 1)
-    tokens_BK = 1.0 + jnp.cumsum(rate_B[:, None] ** drafts_K, axis=1)
-    return (tokens_BK / (1.0 + costs.round + costs.draft * drafts_K) > 1.0).any(1)
+    drafts_T = jnp.arange(1, rate_BT.shape[1] + 1)
+    tokens_BT = 1.0 + jnp.cumsum(jnp.cumprod(rate_BT, axis=1), axis=1)
+    tokens_T = (tokens_BT * live_B[:, None]).sum(0) / jnp.maximum(live_B.sum(), 1)
+    speed_T = tokens_T / (1.0 + costs.round + costs.draft * drafts_T)
+    return jnp.argmax(jnp.pad(speed_T, (1, 0), constant_values=1.0)).astype(jnp.int32)
 
 
 def goes_on(chain_B: jax.Array, rate_B: jax.Array, best_B: jax.Array, costs: Costs):
     """Whether the next draft of each row is worth its pass, from what is known before it is drawn.
 
-    Its chance is estimated as the geometric mean of the row's running acceptance and of the
+    Its chance is estimated as the geometric mean of the running acceptance at its place and of the
     drafter's greatest probability; the chance that it counts, `chain`, is the product of these.
 
     Args:
         chain_B: [B] chance that all drafts before it are accepted.
-        rate_B: [B] running acceptance.
+        rate_B: [B] running acceptance of the row's drafts at this place.
         best_B: [B] the drafter's greatest probability for this draft.
         costs: of a draft.
 
@@ -113,10 +126,10 @@ def goes_on(chain_B: jax.Array, rate_B: jax.Array, best_B: jax.Array, costs: Cos
     return chain_B > costs.draft, chain_B
 
 
-def updated_rate(rate_B: jax.Array, drafted_B: jax.Array, accepted_B: jax.Array) -> jax.Array:
-    """Running acceptance: each judged draft moves it by an eighth, a pass without any by 1/256
-    towards `HOPE`, so that a row that gave up tries again some day."""
-    judged_B = jnp.minimum(accepted_B + 1, drafted_B)
-    kept_B = accepted_B / jnp.maximum(judged_B, 1)
-    drafting_B = rate_B + (kept_B - rate_B) * (1.0 - (7 / 8) ** judged_B)
-    return jnp.where(drafted_B > 0, drafting_B, rate_B + (HOPE - rate_B) / 256)
+def updated_rate(rate_BT: jax.Array, drafted_B: jax.Array, accepted_B: jax.Array) -> jax.Array:
+    """Running acceptance by place: a judged draft moves its own by an eighth, a pass without one by
+    1/256 towards `hope`, so that a row that gave up tries again some day."""
+    t = rate_BT.shape[1]
+    kept_BT = _before(accepted_B, t)
+    judged_BT = _before(jnp.minimum(accepted_B + 1, drafted_B), t)
+    return rate_BT + jnp.where(judged_BT, (kept_BT - rate_BT) / 8, (hope(t) - rate_BT) / 256)

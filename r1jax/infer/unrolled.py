@@ -57,8 +57,7 @@ def for_decoding(model):
     alone = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
     if not alone or layer < SMALLEST or sum(sizes) > LARGEST:
         return model
-    cut = lambda stack: tuple(_layer(stack, i) for i in range(_depth(stack)))  # noqa: E731
-    return Unrolled(model, tuple(map(cut, stacks)))
+    return Unrolled(model, _layers(stacks))
 
 
 def _depth(stack: Block) -> int:
@@ -66,5 +65,6 @@ def _depth(stack: Block) -> int:
 
 
 @jax.jit
-def _layer(stack: Block, i) -> Block:
-    return jax.tree.map(lambda x: x[i], stack)
+def _layers(stacks: tuple[Block, ...]) -> tuple[tuple[Block, ...], ...]:
+    one = lambda stack, i: jax.tree.map(lambda x: x[i], stack)  # noqa: E731
+    return tuple(tuple(one(stack, i) for i in range(_depth(stack))) for stack in stacks)

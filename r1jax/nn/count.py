@@ -94,12 +94,18 @@ def decode_flops(cfg: ModelConfig | DenseConfig, context: int) -> float:
     return s.flops + 2 * cfg.num_layers * pair * context
 
 
-def drafter_share(cfg: ModelConfig) -> float:
-    """Parameters that a draft reads, MTP module and head, over those a token of the main model
-    reads."""
-    s = size(cfg)
-    head = cfg.vocab_size * cfg.hidden_size
-    return (s.mtp - _idle(cfg) + head) / (s.active - head)
+def read_by_pass(cfg: ModelConfig, tokens: int) -> float:
+    """Parameters that a pass of the main model over so many tokens reads: the more tokens, the more
+    different experts."""
+    s, layers = size(cfg), cfg.num_layers - cfg.first_k_dense
+    more = _experts_read(cfg, tokens) - cfg.moe.num_experts_per_tok
+    return s.active - cfg.vocab_size * cfg.hidden_size + layers * _expert(cfg) * more
+
+
+def read_by_draft(cfg: ModelConfig, rows: int) -> float:
+    """Parameters that the MTP module, with the head, reads for a draft of each row."""
+    idle = cfg.moe.n_routed_experts - _experts_read(cfg, rows)
+    return size(cfg).mtp - _expert(cfg) * idle + cfg.vocab_size * cfg.hidden_size
 
 
 def cached_values(cfg: ModelConfig | DenseConfig) -> int:
@@ -117,11 +123,20 @@ def _pair_values(cfg: ModelConfig | DenseConfig) -> int:
     return m.num_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim)
 
 
+def _expert(cfg: ModelConfig) -> int:
+    """Parameters of one routed expert."""
+    return 3 * cfg.hidden_size * cfg.moe.moe_intermediate_size
+
+
+def _experts_read(cfg: ModelConfig, tokens: int) -> float:
+    """Experts of a layer that so many tokens are sent to, if each chooses evenly at random."""
+    e, k = cfg.moe.n_routed_experts, cfg.moe.num_experts_per_tok
+    return e * (1.0 - (1.0 - k / e) ** tokens)
+
+
 def _idle(cfg: ModelConfig) -> int:
     """Parameters of one layer's routed experts that a token is not sent to."""
-    moe = cfg.moe
-    routed = 3 * cfg.hidden_size * moe.moe_intermediate_size * moe.n_routed_experts
-    return routed - routed * moe.num_experts_per_tok // moe.n_routed_experts
+    return _expert(cfg) * (cfg.moe.n_routed_experts - cfg.moe.num_experts_per_tok)
 
 
 def _routed(path: str) -> bool:

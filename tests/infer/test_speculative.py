@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from r1jax.infer.generate import Generation, Sampling, generate
 from r1jax.infer.prompts import feed
 from r1jax.infer.sample import distribution
-from r1jax.infer.speculative import Costs, goes_on, pays, updated_rate, verify
+from r1jax.infer.speculative import Costs, best_horizon, goes_on, hope, updated_rate, verify
+from r1jax.nn.count import read_by_draft, read_by_pass
 from tests.nn import tiny
 
 ALWAYS, NEVER = Costs(-0.9, 0.0), Costs(100.0, 1.0)
@@ -160,16 +161,47 @@ def test_the_drafter_sees_what_training_showed_it():
 
 
 def test_horizon_rules():
+    """Tokens 1, 1 + .9, 1 + .9 + .81 … for 1, 1.1, 1.2 … passes; a bad third draft is not made."""
     free, dear = Costs(0.0, 0.1), Costs(0.5, 0.9)
-    assert pays(jnp.array([0.9, 0.01]), free, 3).tolist() == [True, False]
-    assert pays(jnp.array([0.9, 0.5]), dear, 3).tolist() == [False, False]
+    rates = jnp.array([[0.9, 0.9, 0.9], [0.9, 0.9, 0.01], [0.01, 0.9, 0.9]])
+    best = lambda rates, costs, *live: int(best_horizon(rates, jnp.array(live), costs))  # noqa: E731
+    assert [best(rates[i : i + 1], free, True) for i in range(3)] == [3, 2, 0]
+    assert [best(rates[i : i + 1], dear, True) for i in range(3)] == [0, 0, 0]
+    assert best(jnp.array([[0.6, 0.1]]), Costs(0.2, 0.3), True) == 1  # 1.6 tokens for 1.5 passes
+    assert best(jnp.zeros((2, 0)), free, True, True) == 0
+    # Together: 1.46 for 1.5, 1.86 for 2: none pays, though one row alone would have two of them.
+    both = rates[1:3]
+    assert best(both, Costs(0.0, 0.5), True, True) == 0
+    assert best(both, Costs(0.0, 0.5), True, False) == 2
+    assert best(both, Costs(0.0, 0.5), False, False) == 0
     more, chain = goes_on(jnp.ones(2), jnp.array([0.9, 0.9]), jnp.array([0.9, 0.001]), free)
     assert more.tolist() == [True, False]
     assert chain[0] == pytest.approx(0.9)
-    rate = updated_rate(jnp.full(3, 0.5), jnp.array([2, 2, 0]), jnp.array([2, 0, 0]))
-    assert rate[0] > 0.6
-    assert rate[1] < 0.45
-    assert 0.5 < rate[2] < 0.51
+
+
+def test_running_acceptance_by_place():
+    """Judged are the accepted drafts and the first refused one; others drift towards hope."""
+    rate = updated_rate(jnp.full((4, 2), 0.4), jnp.array([2, 2, 2, 0]), jnp.array([2, 1, 0, 0]))
+    up, down = 0.4 + 0.6 / 8, 0.4 - 0.4 / 8
+    first, second = 0.4 + (0.9 - 0.4) / 256, 0.4 + (0.81 - 0.4) / 256
+    expected = [[up, up], [up, down], [down, second], [first, second]]
+    np.testing.assert_allclose(rate, expected, rtol=1e-6)
+    for _ in range(3000):
+        rate = updated_rate(rate, jnp.zeros(4, jnp.int32), jnp.zeros(4, jnp.int32))
+    np.testing.assert_allclose(rate, [hope(2)] * 4, rtol=1e-3)
+
+
+def test_costs_count_the_experts_that_further_tokens_read():
+    """k of E experts a token: k of one token, k + k (1 - k / E) of two, all of very many."""
+    cfg = tiny.model_config(mtp_depth=1)
+    moe, layers = cfg.moe, cfg.num_layers - cfg.first_k_dense
+    expert = 3 * cfg.hidden_size * moe.moe_intermediate_size
+    e, k = moe.n_routed_experts, moe.num_experts_per_tok
+    more = read_by_pass(cfg, 2) - read_by_pass(cfg, 1)
+    assert more == pytest.approx(layers * expert * k * (1 - k / e))
+    everything = read_by_pass(cfg, 10_000) - read_by_pass(cfg, 1)
+    assert everything == pytest.approx(layers * expert * (e - k))
+    assert read_by_draft(cfg, 2) - read_by_draft(cfg, 1) == pytest.approx(more / layers)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +241,21 @@ def test_the_seed_makes_the_text():
         for s in (0, 0, 1)
     ]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_the_text_does_not_depend_on_how_fast_it_is_made(monkeypatch):
+    """Calls of one token or of many: the number of drafts changes at the same tokens."""
+    model, texts = tiny.model(tiny.model_config()), []
+    for patience in (1e-9, 1e9):
+        monkeypatch.setattr("r1jax.infer.generate.PATIENCE", patience)
+        sampling = Sampling(temperature=1.0, top_p=None, max_tokens=40, drafts=3, seed=4)
+        generation = Generation(model, [[1, 2], [3]], sampling, costs=Costs(0.0, 0.35))
+        texts.append([[], []])
+        for new in generation:
+            for row, tokens in zip(texts[-1], new, strict=True):
+                row += tokens
+        assert 0 < generation.counts.drafted < 3 * generation.counts.passes
+    assert texts[0] == texts[1]
 
 
 def test_the_order_of_a_batch_changes_nothing():
