@@ -216,7 +216,8 @@ class Generation:
 
     def _prefill(self) -> Session:
         rules = self.sampling.rules
-        if not (rules.rerank or _hoped(*self._costs, rules.drafts)):
+        depth = _hoped(*self._costs, rules.drafts)
+        if not (rules.rerank or depth):
             rules = rules._replace(drafts=0)
         most = 2 * (ROOM + rules.drafts + 1)
         how = dict(mtp=rules.drafts > 0, kept=self._before, room=most)
@@ -224,7 +225,7 @@ class Generation:
         self._before, self.counts = None, Counts(reused=fed.reused)
         lengths = np.array([len(p) for p in self._prompts], np.int32)
         key = jax.random.key(self.sampling.seed)
-        how = (self._temperature_B, lengths, self.sampling.max_tokens, key)
+        how = (self._temperature_B, lengths, self.sampling.max_tokens, key, depth)
         return _started(self.model, fed.cache, fed.own, fed.hidden_BD, *how, rules=rules)
 
     def _with_room(self, session: Session) -> Session:
@@ -309,13 +310,13 @@ def _hoped(round: float, draft: float, drafts: int) -> int:
 @functools.partial(jax.jit, static_argnames="rules", donate_argnames=("cache", "own"))
 def _started(model, cache, own, hidden_BD, *how, rules: Rules) -> Session:
     """A session behind its first token, from prompts in the caches and the hidden states there."""
-    temperature_B, length_B, max_tokens, key = how
+    temperature_B, length_B, max_tokens, key, depth = how
     key, now = jax.random.split(key)
     token_B = draw(probabilities(model, hidden_BD[:, None], temperature_B, rules)[:, 0], now)
     drafter = None
     if rules.drafts:
         width = ROOM + rules.drafts + 1
-        how = dict(width=width, rate_T=hope(rules.drafts))
+        how = dict(width=width, most=rules.drafts, depth=depth)
         drafter = start_drafter(own, length_B - 1, hidden_BD, token_B, **how)
     rows, ended_B = len(length_B), jnp.isin(token_B, jnp.array(rules.eos_ids, jnp.int32))
     return Session(

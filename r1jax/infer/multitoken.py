@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from r1jax.infer.cache import Cache, extend, last, slots
 from r1jax.infer.sample import distribution, draw
-from r1jax.infer.speculative import Costs, best_horizon, goes_on, updated_rate, verify
+from r1jax.infer.speculative import Costs, best_horizon, goes_on, hope, updated_rate, verify
 from r1jax.nn.block import Entry
 
 PACE = 32  # rounds after which more drafts may be tried
@@ -90,15 +90,21 @@ class Rules(NamedTuple):
 
 
 def start_drafter(
-    own: Entry, length_B, hidden_BD: jax.Array, token_B: jax.Array, *, width: int, rate_T: jax.Array
+    own: Entry, length_B, hidden_BD: jax.Array, token_B: jax.Array, *, width: int, most: int, depth
 ) -> Drafter:
-    """A drafter whose cache holds all of a prompt but its last token; `width` is W."""
+    """A drafter whose cache holds all of a prompt but its last token.
+
+    Args:
+        width: W.
+        most: drafts of any round, T.
+        depth: drafts of the first one, int32.
+    """
     b, d = hidden_BD.shape
     hidden_BWD = jnp.zeros((b, width, d), hidden_BD.dtype).at[:, 0].set(hidden_BD)
     next_BW = jnp.zeros((b, width), jnp.int32).at[:, 0].set(token_B)
     ones = jnp.ones(b, jnp.int32)
-    rate_BT, zero = jnp.tile(rate_T, (b, 1)), jnp.int32(0)
-    return Drafter(own, length_B, hidden_BWD, next_BW, ones, rate_BT, zero, zero + len(rate_T))
+    first = jnp.tile(hope(most), (b, 1)), jnp.int32(0), jnp.int32(depth)
+    return Drafter(own, length_B, hidden_BWD, next_BW, ones, *first)
 
 
 def extend_mtp(model, hidden_BTD: jax.Array, next_BT: jax.Array, own: Entry, length_B: jax.Array):

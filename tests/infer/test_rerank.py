@@ -12,7 +12,6 @@ from r1jax.infer.multitoken import Rules, extend_mtp, probabilities, start_draft
 from r1jax.infer.prompts import feed
 from r1jax.infer.rerank import mean_log_probability, propose
 from r1jax.infer.sample import draw
-from r1jax.infer.speculative import hope
 from tests.nn import tiny
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1], [2]]
@@ -82,7 +81,7 @@ def test_the_candidates_come_from_the_modules_own_distribution():
     cache, own, hidden_BD, _ = feed(module, PROMPTS, mtp=True)
     length_B = jnp.asarray([len(p) - 1 for p in PROMPTS], jnp.int32)
     token_B = jnp.array([3, 1, 2], jnp.int32)
-    drafter = start_drafter(own, length_B, hidden_BD, token_B, width=8, rate_T=hope(3))
+    drafter = start_drafter(own, length_B, hidden_BD, token_B, width=8, most=3, depth=3)
     temperature_B = jnp.array([0.7, 1.0, 0.0])
     draft_XT, q_XTN, after = propose(module, drafter, temperature_B, jax.random.key(0), rules=rules)
     assert (after.length_B == length_B + 1).all()
