@@ -180,7 +180,10 @@ class Generation:
 
     @property
     def kept(self) -> Kept | None:
-        """What the next generation of these rows need not feed again; None before any token."""
+        """What the next generation of these rows need not feed again; None before any token.
+
+        It is gone once this one makes another token.
+        """
         if self._session is None:
             return None
         cache, drafter = self._session.cache, self._session.drafter
@@ -216,7 +219,7 @@ class Generation:
 
     def _prefill(self) -> Session:
         rules = self.sampling.rules
-        depth = _hoped(*self._costs, rules.drafts)
+        depth = _hoped(*map(float, self._costs), rules.drafts)
         if not (rules.rerank or depth):
             rules = rules._replace(drafts=0)
         most = 2 * (ROOM + rules.drafts + 1)
@@ -259,8 +262,8 @@ def draft_costs(model, rows: int) -> Costs:
     """What drafting costs, from the parameters that a pass reads and multiplies by.
 
     A draft takes the MTP module's pass, and in the main model's the experts that it asks for beside
-    the others, and its arithmetic. Estimated, not timed, so that a seed gives the same tokens on a
-    slow day.
+    the others, and its arithmetic; judging a round is counted as another pass of the module.
+    Estimated, not timed, so that a seed gives the same tokens on a slow day.
     """
     if not model.has_mtp:
         return Costs(0.0, 0.0)

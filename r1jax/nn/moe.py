@@ -111,7 +111,7 @@ class MoE(nnx.Module):
         cut = ("expert",) if unpartitioned("embed") else ("batch", "expert", "mlp")
         pieces = unpartitioned(*cut)
         if not pieces:
-            if count("expert") > 1 and cfg.redundant_experts:
+            if place is None and count("expert") > 1 and cfg.redundant_experts:
                 held, place = self._copied(held, routing.index_TK, dtype)
             return run(x_TD, routing.index_TK, routing.weight_TK, held, place)
         short = -len(x_TD) % pieces
