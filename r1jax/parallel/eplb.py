@@ -128,8 +128,8 @@ def beside(load_E: jax.Array, *, slots: int, devices: int) -> Placement:
     """Copies of hot experts beside those that the devices hold in order, of which none moves.
 
     Greedy: the emptiest device that has a slot left takes as many tokens of the heaviest expert of
-    the fullest one as neither the one nor the other gets more, or less, than the mean for. No
-    device carries more than without copies; slots that bring nothing stay empty.
+    the fullest one as neither the one nor the other gets more, or less, than the mean for. The
+    fullest device is never fuller than without copies; slots that bring nothing stay empty.
 
     Args:
         load_E: [E] tokens that each expert gets.

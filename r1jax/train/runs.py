@@ -114,6 +114,8 @@ def _run_trainer(cfg: RunConfig, run: Run, force: bool) -> Record:
     rows, length = batch_of(cfg)
 
     def fits(model):
+        copies = ("start.redundant_experts", cfg.start.redundant_experts)
+        check_redundant(model, *copies, "mesh.expert", cfg.mesh.expert)
         cfg.mesh.check(model, rows=rows, length=length)
         if _apart(cfg):
             piece = cfg.grpo.prompts * cfg.grpo.group_size // cfg.grpo.pieces

@@ -83,11 +83,6 @@ def open_start(
         changes["dtype"] = cfg.dtype
     if isinstance(found.cfg, ModelConfig):
         changes["moe"] = dataclasses.replace(found.cfg.moe, redundant_experts=cfg.redundant_experts)
-    elif cfg.redundant_experts:
-        raise ValueError(
-            f"start.redundant_experts={cfg.redundant_experts}: {cfg.path} has no routed experts; "
-            "set it to 0"
-        )
     arch = dataclasses.replace(found.cfg, **changes)
     check(arch)
     # Weights in FP8 blocks are dequantised by this too.

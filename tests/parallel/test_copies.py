@@ -149,6 +149,6 @@ def test_copies_that_cannot_be_held_evenly_are_refused(folder, tmp_path):  # noq
     for model, said in (("dense", "has no routed experts"), ("moe", "set it to 4")):
         run = with_start(RUNS["sft"](folder, model), redundant_experts=3)
         run = dataclasses.replace(run, mesh=EIGHT)
-        with pytest.raises(ValueError, match=f"redundant_experts=3.*{said}"):
+        with pytest.raises(ValueError, match=f"start.redundant_experts=3.*{said}"):
             run_trainer(run, tmp_path / "run")
     assert not (tmp_path / "run").exists()
