@@ -7,10 +7,14 @@ decoding's time over drafting's of the same turn.
 
     python experiments/drafting.py RUN                     # the quickstart's folder: its last stage
     python experiments/drafting.py RUN --random            # its shape, weights as they are drawn
+    python experiments/drafting.py RUN --always            # drafts also where they should not pay
+    python experiments/drafting.py                         # 11.7M parameters, as they are drawn
 """
 
 import argparse
+import dataclasses
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +23,8 @@ import numpy as np
 
 from r1jax.data.tokenizer import task_tokenizer
 from r1jax.infer.generate import Generation, Sampling
+from r1jax.io.hf_config import read_config
+from r1jax.nn.build import build
 from r1jax.nn.param import initialise
 from r1jax.nn.transformer import Transformer
 from r1jax.train.trained import config_of, open_run
@@ -43,8 +49,7 @@ def answered(model, prompts, batch: int, how: Sampling) -> tuple[float, list, li
 def row(model, prompts, batch: int, how: Sampling, *, most: int, turns: int) -> list[str]:
     """One line of the table."""
     plain, drafted = (
-        Sampling(how.temperature, None, None, how.max_tokens, how.eos_ids, drafts=n)
-        for n in (0, most)
+        dataclasses.replace(how, drafts=n, always=how.always and n > 0) for n in (0, most)
     )
     runs = {n: [] for n in (0, most)}
     for turn in range(turns + 1):  # the first compiles
@@ -63,28 +68,47 @@ def row(model, prompts, batch: int, how: Sampling, *, most: int, turns: int) -> 
     ]  # fmt: skip
 
 
+def of_run(path: Path, *, random: bool):
+    """(model, tokenizer's ends, a function that makes so many prompts) of a run's last stage."""
+    cfg, model = config_of(path), open_run(path).module
+    if random:
+        model = initialise(Transformer(model.cfg), jax.random.key(0))
+    words = Words(cfg.tasks, task_tokenizer(), template_of(cfg.tasks))
+    asked = lambda n: words.asked(words.problems(n, 1, "heldout")).ids  # noqa: E731
+    ids = lambda n: [[int(t) for t in np.asarray(row)] for row in asked(n)]  # noqa: E731
+    return model, words.ending().eos_ids, ids
+
+
+def of_bench():
+    """The same of the DeepSeek shape of `bench_models.py`, with an MTP module."""
+    sys.path.insert(0, str(Path(__file__).parent / "peers"))
+    import models_work as work
+
+    cfg = read_config(work.TINY | {"num_nextn_predict_layers": 1})
+    model = initialise(build(dataclasses.replace(cfg, dtype="float32")), jax.random.key(0))
+    return model, (), lambda n: [list(row) for row in work.rows(n, 40, cfg.vocab_size)]
+
+
 def main() -> None:
     """Reads the flags, answers in turns and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="of the recipe, as r1jax quickstart leaves it")
+    about = "of the recipe, as r1jax quickstart leaves it; none: 11.7M random parameters"
+    parser.add_argument("run", type=Path, nargs="?", help=about)
     parser.add_argument("--random", action="store_true", help="the shape with random weights")
+    parser.add_argument("--always", action="store_true", help="draft where it should not pay too")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--drafts", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     args = parser.parse_args()
-    cfg, model = config_of(args.run), open_run(args.run).module
-    if args.random:
-        model = initialise(Transformer(model.cfg), jax.random.key(0))
-    words = Words(cfg.tasks, task_tokenizer(), template_of(cfg.tasks))
-    asked = words.asked(words.problems(args.prompts, 1, "heldout"))
-    prompts = [[int(t) for t in np.asarray(ids)] for ids in asked.ids]
+    model, eos_ids, ids = of_run(args.run, random=args.random) if args.run else of_bench()
+    prompts = ids(args.prompts)
     print("| rows | T | drafts | accepted | tokens a pass | plain | speed | same greedy text |")
     print("|---|---|---|---|---|---|---|---|")
     for batch in args.batches:
         for temperature in (0.0, 1.0):
             for most in args.drafts:
-                how = Sampling(temperature, None, None, 96, words.ending().eos_ids)
+                how = Sampling(temperature, None, None, 96, eos_ids, most, always=args.always)
                 cells = row(model, prompts, batch, how, most=most, turns=args.turns)
                 print("| " + " | ".join(cells) + " |", flush=True)
 

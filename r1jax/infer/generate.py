@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -31,9 +32,9 @@ from r1jax.nn.count import read_by_draft, read_by_pass
 ROOM = 64  # tokens that one call of the compiled loop can make
 SHORT = 8  # entries that a drafter catches up with by a smaller program
 PATIENCE = 0.1  # seconds that a stream may be silent
-# Tokens that a parameter is multiplied by in the time that it takes to be read: of accelerators, of
-# CPUs.
-FREE = (256, 16)
+# Tokens that a parameter is multiplied by in the time that it takes to be read: on accelerators; on
+# CPUs from memory, and from their caches, where so many bytes of a model find room.
+FREE, FREE_CPU, FREE_CACHED, CACHED = 256, 16, 5, 2**23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Sampling:
         max_tokens: of a completion, the end of sequence included.
         eos_ids: tokens that end a completion.
         drafts: most tokens drafted a round by the MTP module; 0: plain decoding.
+        always: draft as many also where it is not expected to pay, to see how many are accepted.
         rerank: draft so many continuations a round and keep the one that the main model finds
             likeliest, in place of verifying one; this changes the distribution (`infer.rerank`).
         seed: of the noise.
@@ -57,6 +59,7 @@ class Sampling:
     max_tokens: int = 512
     eos_ids: tuple[int, ...] = ()
     drafts: int = 0
+    always: bool = False
     rerank: int = 0
     seed: int = 0
 
@@ -75,6 +78,8 @@ class Sampling:
             raise ValueError(f"rerank={self.rerank} must lie in 2..64 (0: drafts are verified)")
         if self.rerank and not self.drafts:
             raise ValueError(f"rerank={self.rerank} chooses among drafts: set draft to 1 or more")
+        if self.always and not self.drafts:
+            raise ValueError("always is about drafts: set draft to 1 or more")
 
     @property
     def rules(self) -> Rules:
@@ -136,7 +141,7 @@ class Generation:
             model: a decoder made of stacks.
             prompts: token ids of each row, at least one.
             sampling: how to generate.
-            costs: of drafting; None: `draft_costs(model, rows)`.
+            costs: of drafting; None: `draft_costs(model, rows)`, or none with `sampling.always`.
             kept: what an earlier generation of the same rows and model left, `Generation.kept`;
                 what its tokens share with the prompts is not fed again. It is used up.
 
@@ -150,10 +155,13 @@ class Generation:
         self._prompts = [list(map(int, p)) for p in prompts]
         self._before, self._rows = kept, [list(row) for row in self._prompts]
         self._session: Session | None = None
-        self._costs = draft_costs(model, len(prompts)) if costs is None else costs
+        if costs is None:
+            costs = Costs(0.0, 0.0) if sampling.always else draft_costs(model, len(prompts))
+        self._costs = costs
         self._temperature_B = jnp.full(len(prompts), sampling.temperature, jnp.float32)
 
     def __iter__(self) -> Iterator[list[list[int]]]:
+        began = time.perf_counter()
         session = self._session = self._prefill()
         first = np.asarray(session.token_B)[:, None].tolist()
         rows = len(first)
@@ -161,12 +169,13 @@ class Generation:
         yield self._noted(first)
         # Flattened once: a module of a few hundred arrays takes longer to flatten than to run.
         self._weights, self._treedef = jax.tree.flatten(for_decoding(self.model))
-        most = 4
+        # As many tokens a call as the stream's reader has patience for; one takes no longer than
+        # the prompts did.
+        most = int(np.clip(PATIENCE / (time.perf_counter() - began), 4, ROOM))
         while (np.asarray(session.left_B) > 0).any():
             began = time.perf_counter()
             session = self._session = self._call(self._with_room(session), most)
             made = np.asarray(session.made_B)
-            # As many tokens a call as the stream's reader has patience for.
             took = (time.perf_counter() - began) / max(int(made.max()), 1)
             most = int(np.clip(PATIENCE / took, 1, ROOM))
             tokens = np.asarray(session.tokens_BM)
@@ -219,7 +228,7 @@ class Generation:
 
     def _prefill(self) -> Session:
         rules = self.sampling.rules
-        depth = _hoped(*map(float, self._costs), rules.drafts)
+        depth = _hoped(Costs(*map(float, self._costs)), rules.drafts)
         if not (rules.rerank or depth):
             rules = rules._replace(drafts=0)
         most = 2 * (ROOM + rules.drafts + 1)
@@ -262,15 +271,23 @@ def draft_costs(model, rows: int) -> Costs:
     """What drafting costs, from the parameters that a pass reads and multiplies by.
 
     A draft takes the MTP module's pass, and in the main model's the experts that it asks for beside
-    the others, and its arithmetic; judging a round is counted as another pass of the module.
+    the others, and its arithmetic; judging a round is counted as another pass of the module. On a
+    CPU a few tokens go through every expert (`ops.experts`).
     Estimated, not timed, so that a seed gives the same tokens on a slow day.
     """
     if not model.has_mtp:
         return Costs(0.0, 0.0)
-    cfg, free = model.cfg, FREE[jax.default_backend() == "cpu"]
-    took = lambda tokens: read_by_pass(cfg, tokens) + tokens * read_by_pass(cfg, 1) / free  # noqa: E731
-    module = (read_by_draft(cfg, rows) + rows * read_by_draft(cfg, 1) / free) / took(rows)
-    return Costs(round=0.1 + module, draft=module + took(2 * rows) / took(rows) - 1.0)
+    cfg, free, asked = model.cfg, FREE, 1
+    if jax.default_backend() == "cpu":
+        held = sum(x.nbytes for x in jax.tree.leaves(model))
+        free, asked = FREE_CACHED if held <= CACHED else FREE_CPU, math.inf
+
+    def took(read, tokens: int) -> float:
+        return read(cfg, tokens * asked) + tokens * read(cfg, asked) / free
+
+    one, two = took(read_by_pass, rows), took(read_by_pass, 2 * rows)
+    module = took(read_by_draft, rows) / one
+    return Costs(round=0.1 + module, draft=module + two / one - 1.0, module=module)
 
 
 def _check(model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
@@ -305,9 +322,9 @@ def _catch_up(weights, drafter: Drafter, *, treedef, width: int) -> Drafter:
 
 
 @functools.cache
-def _hoped(round: float, draft: float, drafts: int) -> int:
+def _hoped(costs: Costs, drafts: int) -> int:
     """Drafts that pay before any was made."""
-    return int(best_horizon(hope(drafts)[None], np.ones(1, bool), Costs(round, draft)))
+    return int(best_horizon(hope(drafts)[None], np.ones(1, bool), costs))
 
 
 @functools.partial(jax.jit, static_argnames="rules", donate_argnames=("cache", "own"))

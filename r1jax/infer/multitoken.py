@@ -209,30 +209,39 @@ def catch_up(model, drafter: Drafter, *, width: int) -> Drafter:
 def _draft(model, s: Session, temperature_B, key, costs: Costs, *, rules: Rules):
     """((draft_BT, drafter_BTN, horizon_B), drafter with entries for all that was pending).
 
-    The module runs once on what is pending and once more for every draft after the first.
+    The module runs once on what is pending and once more for every draft after the first, while
+    that is worth it for some row: then the others' drafts cost nothing.
     """
     d, depth = s.drafter, rules.drafts
     hidden_BWD, next_BW = d.hidden_BWD[:, : depth + 1], d.next_BW[:, : depth + 1]
     hidden, own = extend_mtp(model, hidden_BWD, next_BW, d.own, d.length_B)
     hidden_BD, length_B = last(hidden, d.pending_B), d.length_B + d.pending_B
-    live_B, chain_B = s.left_B > 0, jnp.ones_like(d.rate_BT[:, 0])
-    horizon_B = jnp.zeros_like(length_B)
-    drafts, distributions = [], []
+    chain_B, horizon_B = jnp.ones_like(d.rate_BT[:, 0]), jnp.zeros_like(length_B)
+    drafts, distributions, on = [], [], True
     for t in range(depth):
         q_BN = probabilities(model, hidden_BD[:, None], temperature_B, rules)[:, 0]
-        more_B, chain_B = goes_on(chain_B, d.rate_BT[:, t], q_BN.max(-1), costs)
-        # A round has a first draft for every row; one token must be left for the main model to
-        # draw.
-        live_B &= (more_B if t else True) & (s.left_B > t + 1)
-        horizon_B += live_B
         distributions.append(q_BN)
         drafts.append(draw(q_BN, jax.random.fold_in(key, t)))
+        live_B = s.left_B > t + 1  # one token must be left for the main model to draw
+        horizon_B += live_B & on
         if t + 1 < depth:
-            fed = hidden_BD[:, None], drafts[-1][:, None]
-            hidden, own = extend_mtp(model, *fed, own, length_B + t)
-            hidden_BD = hidden[:, 0]
+            more_B, chain_B = goes_on(chain_B, d.rate_BT, q_BN.max(-1), t, costs)
+            on &= (more_B & live_B).any()
+            fed = hidden_BD[:, None], drafts[-1][:, None], own, length_B + t
+            hidden_BD, own = jax.lax.cond(on, _deeper, _no_deeper, model, *fed)
     drafter = d._replace(own=own, length_B=length_B, pending_B=jnp.zeros_like(d.pending_B))
     return (jnp.stack(drafts, 1), jnp.stack(distributions, 1), horizon_B), drafter
+
+
+def _deeper(model, hidden_B1D, next_B1, own: Entry, length_B):
+    """(hidden_BD, own) of the module on its own output."""
+    hidden_B1D, own = extend_mtp(model, hidden_B1D, next_B1, own, length_B)
+    return hidden_B1D[:, 0], own
+
+
+def _no_deeper(model, hidden_B1D, next_B1, own: Entry, length_B):
+    """What it was given: its drafts do not count."""
+    return hidden_B1D[:, 0], own
 
 
 def _judged(model, s: Session, drafts, temperature_B, key, *, rules: Rules) -> Session:
@@ -246,7 +255,7 @@ def _judged(model, s: Session, drafts, temperature_B, key, *, rules: Rules) -> S
     if s.drafter is None:
         return on
     # A row that was done keeps its rate for nobody.
-    rate_BT = updated_rate(s.drafter.rate_BT, horizon_B, verdict.accepted_B)
+    rate_BT = updated_rate(s.drafter.rate_BT, verdict.accepted_B, rules.drafts)
     rounds = on.drafter.rounds + 1
     return on._replace(drafter=on.drafter._replace(rate_BT=rate_BT, rounds=rounds))
 

@@ -77,11 +77,13 @@ class Costs(NamedTuple):
 
     Attributes:
         round: what a drafting round costs beyond a plain pass, before its first draft.
-        draft: one more draft.
+        draft: one more draft, its token in the main model's pass included.
+        module: what of that a round is spared that drafts less than was compiled in.
     """
 
     round: jax.Array | float
     draft: jax.Array | float
+    module: jax.Array | float = 0.0
 
 
 def hope(t: int) -> jax.Array:
@@ -107,29 +109,35 @@ def best_horizon(rate_BT: jax.Array, live_B: jax.Array, costs: Costs) -> jax.Arr
     return jnp.argmax(jnp.pad(speed_T, (1, 0), constant_values=1.0)).astype(jnp.int32)
 
 
-def goes_on(chain_B: jax.Array, rate_B: jax.Array, best_B: jax.Array, costs: Costs):
-    """Whether the next draft of each row is worth its pass, from what is known before it is drawn.
+def goes_on(chain_B: jax.Array, rate_BT: jax.Array, best_B: jax.Array, t: int, costs: Costs):
+    """Whether draft t + 1 of each row is worth its pass of the module, once draft t is known.
 
-    Its chance is estimated as the geometric mean of the running acceptance at its place and of the
-    drafter's greatest probability; the chance that it counts, `chain`, is the product of these.
+    The chance of draft t is estimated as the geometric mean of the running acceptance at its place
+    and of the drafter's greatest probability; `chain` is the product of these, and of the next
+    draft only the running acceptance is known.
 
     Args:
-        chain_B: [B] chance that all drafts before it are accepted.
-        rate_B: [B] running acceptance of the row's drafts at this place.
-        best_B: [B] the drafter's greatest probability for this draft.
-        costs: of a draft.
+        chain_B: [B] chance that all drafts before t are accepted.
+        rate_BT: [B, T] running acceptance of a row's drafts, t + 1 < T.
+        best_B: [B] the drafter's greatest probability for draft t.
+        t: counted from 0.
+        costs: of drafting.
 
     Returns:
         ([B] bool, the new chain_B).
     """
-    chain_B = chain_B * jnp.sqrt(rate_B * best_B)
-    return chain_B > costs.draft, chain_B
+    chain_B = chain_B * jnp.sqrt(rate_BT[:, t] * best_B)
+    return chain_B * rate_BT[:, t + 1] > costs.module, chain_B
 
 
-def updated_rate(rate_BT: jax.Array, drafted_B: jax.Array, accepted_B: jax.Array) -> jax.Array:
-    """Running acceptance by place: a judged draft moves its own by an eighth, a pass without one by
-    1/256 towards `hope`, so that a row that gave up tries again some day."""
+def updated_rate(rate_BT: jax.Array, accepted_B: jax.Array, depth: int) -> jax.Array:
+    """Running acceptance by place, after a round of at most `depth` drafts.
+
+    The accepted ones move their places' by a sixteenth, and so does the first that was refused or,
+    for want of confidence, not made. Others move by 1/256 towards `hope`, so that a row that gave
+    up tries again some day.
+    """
     t = rate_BT.shape[1]
     kept_BT = _before(accepted_B, t)
-    judged_BT = _before(jnp.minimum(accepted_B + 1, drafted_B), t)
-    return rate_BT + jnp.where(judged_BT, (kept_BT - rate_BT) / 8, (hope(t) - rate_BT) / 256)
+    judged_BT = _before(jnp.minimum(accepted_B + 1, depth), t)
+    return rate_BT + jnp.where(judged_BT, (kept_BT - rate_BT) / 16, (hope(t) - rate_BT) / 256)

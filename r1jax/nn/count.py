@@ -94,15 +94,15 @@ def decode_flops(cfg: ModelConfig | DenseConfig, context: int) -> float:
     return s.flops + 2 * cfg.num_layers * pair * context
 
 
-def read_by_pass(cfg: ModelConfig, tokens: int) -> float:
+def read_by_pass(cfg: ModelConfig, tokens: float) -> float:
     """Parameters that a pass of the main model over so many tokens reads: the more tokens, the more
-    different experts."""
+    different experts; infinitely many ask for all."""
     s, layers = size(cfg), cfg.num_layers - cfg.first_k_dense
     more = _experts_read(cfg, tokens) - cfg.moe.num_experts_per_tok
     return s.active - cfg.vocab_size * cfg.hidden_size + layers * _expert(cfg) * more
 
 
-def read_by_draft(cfg: ModelConfig, rows: int) -> float:
+def read_by_draft(cfg: ModelConfig, rows: float) -> float:
     """Parameters that the MTP module, with the head, reads for a draft of each row."""
     idle = cfg.moe.n_routed_experts - _experts_read(cfg, rows)
     return size(cfg).mtp - _expert(cfg) * idle + cfg.vocab_size * cfg.hidden_size
@@ -128,7 +128,7 @@ def _expert(cfg: ModelConfig) -> int:
     return 3 * cfg.hidden_size * cfg.moe.moe_intermediate_size
 
 
-def _experts_read(cfg: ModelConfig, tokens: int) -> float:
+def _experts_read(cfg: ModelConfig, tokens: float) -> float:
     """Experts of a layer that so many tokens are sent to, if each chooses evenly at random."""
     e, k = cfg.moe.n_routed_experts, cfg.moe.num_experts_per_tok
     return e * (1.0 - (1.0 - k / e) ** tokens)

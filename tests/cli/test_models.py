@@ -71,8 +71,10 @@ def test_generate_prints_the_answer_and_json_the_same(folder, capsys):
     found = json.loads(said(capsys, *command, "--json")[0])
     assert found["text"] == text.removesuffix("\n")
     assert found["tokens"] == 8
-    drafted = said(capsys, *command, "--draft=2")
+    drafted = said(capsys, *command, "--draft=2", "--draft-always")
     assert drafted[0] == text, "greedy answers do not depend on drafting"
+    assert "% accepted" in drafted[1]
+    assert "nothing drafted" in said(capsys, *command, "--draft=2")[1]
     reranked = said(capsys, *command, "--draft=2", "--rerank=3")
     assert "best of 3 kept" in reranked[1]
 

@@ -113,7 +113,7 @@ def test_writing_beyond_the_room_of_a_row_is_never_asked_for(monkeypatch):
     """Generation to the last position of the model, in calls of a few tokens."""
     monkeypatch.setattr(generating, "ROOM", 5)
     model = tiny.model(CONFIGS[0])
-    sampling = generating.Sampling(temperature=0.0, max_tokens=57, drafts=2)
+    sampling = generating.Sampling(temperature=0.0, max_tokens=57, drafts=2, always=True)
     prompts = [[1, 2, 3, 4, 5, 6, 7], [3]]
     out = generating.generate(model, prompts, sampling)
     for prompt, row in zip(prompts, out, strict=True):

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1jax.infer.generate import Generation, Sampling, generate
+from r1jax.infer.generate import Generation, Sampling, draft_costs, generate
 from r1jax.infer.prompts import feed
 from r1jax.infer.sample import distribution
-from r1jax.infer.speculative import Costs, best_horizon, goes_on, hope, updated_rate, verify
+from r1jax.infer.speculative import HOPE, Costs, best_horizon, goes_on, hope, updated_rate, verify
 from r1jax.nn.count import read_by_draft, read_by_pass
 from tests.nn import tiny
 
@@ -174,21 +174,24 @@ def test_horizon_rules():
     assert best(both, Costs(0.0, 0.5), True, True) == 0
     assert best(both, Costs(0.0, 0.5), True, False) == 2
     assert best(both, Costs(0.0, 0.5), False, False) == 0
-    more, chain = goes_on(jnp.ones(2), jnp.array([0.9, 0.9]), jnp.array([0.9, 0.001]), free)
-    assert more.tolist() == [True, False]
-    assert chain[0] == pytest.approx(0.9)
+    rate_BT, sure_B, dear = jnp.array([[0.9, 0.5]] * 2), jnp.array([0.9, 0.01]), Costs(0, 1, 0.2)
+    more, chain = goes_on(jnp.ones(2), rate_BT, sure_B, 0, dear)
+    assert more.tolist() == [True, False]  # 0.9 · 0.5 and 0.095 · 0.5 tokens for 0.2 passes
+    np.testing.assert_allclose(chain, [0.9, np.sqrt(0.009)], rtol=1e-6)
 
 
 def test_running_acceptance_by_place():
-    """Judged are the accepted drafts and the first refused one; others drift towards hope."""
-    rate = updated_rate(jnp.full((4, 2), 0.4), jnp.array([2, 2, 2, 0]), jnp.array([2, 1, 0, 0]))
-    up, down = 0.4 + 0.6 / 8, 0.4 - 0.4 / 8
+    """Judged are the accepted drafts and the first one after them; others drift towards hope."""
+    up, down = 0.4 + 0.6 / 16, 0.4 - 0.4 / 16
     first, second = 0.4 + (0.9 - 0.4) / 256, 0.4 + (0.81 - 0.4) / 256
-    expected = [[up, up], [up, down], [down, second], [first, second]]
-    np.testing.assert_allclose(rate, expected, rtol=1e-6)
+    expected = {2: [[up, up], [up, down], [down, second]], 1: [[up, second]], 0: [[first, second]]}
+    for depth, rows in expected.items():
+        accepted_B = np.arange(depth, depth - len(rows), -1)
+        rate = updated_rate(jnp.full((len(rows), 2), 0.4), accepted_B, depth)
+        np.testing.assert_allclose(rate, rows, rtol=1e-6)
     for _ in range(3000):
-        rate = updated_rate(rate, jnp.zeros(4, jnp.int32), jnp.zeros(4, jnp.int32))
-    np.testing.assert_allclose(rate, [hope(2)] * 4, rtol=1e-3)
+        rate = updated_rate(rate, jnp.zeros(1, jnp.int32), 0)
+    np.testing.assert_allclose(rate, [hope(2)], rtol=1e-3)
 
 
 def test_costs_count_the_experts_that_further_tokens_read():
@@ -204,6 +207,29 @@ def test_costs_count_the_experts_that_further_tokens_read():
     assert read_by_draft(cfg, 2) - read_by_draft(cfg, 1) == pytest.approx(more / layers)
 
 
+def test_drafts_that_should_not_pay_are_made_only_where_always():
+    """A CPU has so small a model in its caches: a token more costs nearly a pass."""
+    model, how = tiny.model(tiny.model_config()), dict(max_tokens=12, drafts=2)
+    for always in (False, True):
+        generation = Generation(model, [[1, 2]], Sampling(1.0, always=always, **how))
+        assert sum(len(new) for (new,) in generation) == 12
+        counts = generation.counts
+        assert (counts.drafted > 0) == always
+        if always:  # but in the last rounds, which must leave a token for the main model to draw
+            assert counts.drafted >= 2 * (counts.passes - 1) - 3
+
+
+def test_drafts_are_cheap_where_weights_come_from_memory(monkeypatch):
+    model = tiny.model(tiny.model_config())
+    cached = draft_costs(model, 1)
+    assert cached.round + 2 * cached.draft > 2 * HOPE
+    monkeypatch.setattr("r1jax.infer.generate.CACHED", 0)
+    read = draft_costs(model, 1)
+    # The module's share of the weights, and 1/16 of a pass for the arithmetic of a token more.
+    assert read.draft - (read.round - 0.1) == pytest.approx(1 / 17)
+    assert read.draft < cached.draft
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
@@ -213,6 +239,7 @@ def test_costs_count_the_experts_that_further_tokens_read():
         (dict(top_k=0), "top_k"),
         (dict(max_tokens=0), "max_tokens"),
         (dict(drafts=9), "draft"),
+        (dict(always=True), "set draft"),
     ],
 )
 def test_impossible_sampling(changes, word):
@@ -237,7 +264,7 @@ def test_drafts_need_the_module():
 def test_the_seed_makes_the_text():
     model = tiny.model(tiny.model_config())
     runs = [
-        generate(model, [[1, 2]], Sampling(temperature=1.0, max_tokens=30, seed=s, drafts=2))
+        generate(model, [[1, 2]], Sampling(1.0, max_tokens=30, drafts=2, always=True, seed=s))
         for s in (0, 0, 1)
     ]
     assert runs[0] == runs[1] != runs[2]
@@ -261,7 +288,7 @@ def test_the_text_does_not_depend_on_how_fast_it_is_made(monkeypatch):
 def test_the_order_of_a_batch_changes_nothing():
     model = tiny.model(tiny.model_config())
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [2]]
-    sampling = Sampling(temperature=0.0, max_tokens=10, drafts=2)
+    sampling = Sampling(temperature=0.0, max_tokens=10, drafts=2, always=True)
     alone = [generate(model, [p], sampling)[0] for p in prompts]
     for order in ((2, 0, 1), (1, 2, 0)):
         assert generate(model, [prompts[i] for i in order], sampling) == [alone[i] for i in order]
