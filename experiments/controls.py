@@ -9,6 +9,8 @@ its distillation: 6 N a trained token, 2 N a sampled or reference-scored one. A 
 answer tags, so from it GRPO has no reward to start from: that arm shows just this.
 
     python experiments/controls.py runs/quickstart --out runs/controls
+    python experiments/controls.py runs/countdown --out runs/controls_countdown \
+        --arms the_run random_reward more_sft no_retry
 """
 
 import argparse
@@ -27,6 +29,7 @@ from r1jax.train.progress import Silent
 from r1jax.train.recipe import Recipe, heldout
 
 COLUMNS = ("pass_at_1", "greedy", "first_try_rate", "self_correction_rate", "reflection_rate")
+ARMS = ("the_run", "random_reward", "more_sft", "no_retry", "student_alone", "student_cold")
 
 
 def trained_tokens(run: pathlib.Path, rows: int) -> int:
@@ -151,15 +154,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=pathlib.Path, help="folder of a finished run")
     parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="default: all")
     args = parser.parse_args()
     controls = Controls(args.run, args.out)
     print(f"{'':34}" + "".join(f"{c.split('_rate')[0]:>12.11}" for c in COLUMNS) + "   steps")
-    controls.the_run()
-    controls.random_reward()
-    controls.more_sft()
-    controls.no_retry()
-    controls.student_alone()
-    controls.student_cold()
+    for arm in args.arms:
+        getattr(controls, arm)()
 
 
 if __name__ == "__main__":

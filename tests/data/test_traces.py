@@ -147,6 +147,22 @@ def test_countdown_answers_say_what_their_steps_say():
         assert sorted(used) == sorted(problem.given[:-1])
 
 
+def test_countdown_checks_put_the_target_beside_what_was_made():
+    mix = TraceMix(first_right=0.5, checked=1.0, retry=1.0, max_tries=3)
+    for problem, trace in traces("countdown", mix, 300):
+        for words in tries_of(trace.reasoning):
+            made, target, verdict = re.search(r"(\S+) : (\S+) (yes|no)", " ".join(words)).groups()
+            assert int(target) == problem.given[-1]
+            assert (verdict == "yes") == (made == target)
+
+
+def test_countdown_judges_tries_it_does_not_make():
+    judged = [d for d in documents("countdown", 3000) if d.question and d.given]
+    assert agrees([True] * len(judged) + [False] * (3000 - len(judged)), 0.3)
+    for d in judged:
+        assert countdown.attempts(problem_of(d.question), d.given) == [" yes so " in d.learnt]
+
+
 def test_quadratic_wrong_tries_are_of_both_kinds():
     products = []
     for problem, trace in traces("quadratic", TraceMix(first_right=0.0, checked=0.0), 500):

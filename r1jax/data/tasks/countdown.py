@@ -2,12 +2,12 @@
 """Countdown: reach a target from two to four numbers, each used once, with +, - and *.
 
     use 3 5 7 to make 26
-    try 3 + 5 = 8 , 8 * 7 = 56 no wait try 3 * 7 = 21 , 21 + 5 = 26 yes
+    try 3 + 5 = 8 , 8 * 7 = 56 : 26 no wait try 3 * 7 = 21 , 21 + 5 = 26 : 26 yes
     ( 3 * 7 ) + 5
 
 A try is a chain: every step after the first combines the running value with one more number. Each
-step is true arithmetic; a wrong try misses the target and nothing else. `Problem.given` holds the
-numbers in the order of the question, then the target.
+step is true arithmetic; a wrong try misses the target, which the check says again beside it, and
+nothing else. `Problem.given` holds the numbers in the order of the question, then the target.
 """
 
 import functools
@@ -90,15 +90,15 @@ def pretrain_text(
     split: str = "train",
     difficulty: Difficulty = DEFAULT_DIFFICULTY,
 ) -> Document:
-    """A fact, or a checked try, half of them right."""
+    """A fact, a try that is given and judged, or one that is made: half of them right."""
     problem = sample(rng, split=split, difficulty=difficulty)
     kind = rng.random()
     candidate = None if rng.random() < 0.5 else _wrong(rng, problem, set())
     candidate = _right(rng, problem) if candidate is None else candidate
-    if kind < 0.3:
+    if kind < 0.25:
         steps = read_steps(candidate.proposal.split())
         return write_fact(steps[rng.integers(len(steps))])
-    return write_attempt(problem, candidate)
+    return write_attempt(problem, candidate, judged=kind < 0.55)
 
 
 def verify(problem: Problem, answer: str) -> bool:
@@ -248,7 +248,8 @@ def _wrong(rng: np.random.Generator, problem: Problem, tried: set) -> Candidate 
 
 
 def _candidate(problem: Problem, steps: list[Step]) -> Candidate:
-    right = steps[-1][3] == problem.given[-1]
+    target = problem.given[-1]
+    right = steps[-1][3] == target
     identity = tuple(
         (operator, left, other) if operator == "-" else (operator, *sorted((left, other)))
         for left, operator, other, _ in steps
@@ -256,7 +257,7 @@ def _candidate(problem: Problem, steps: list[Step]) -> Candidate:
     return Candidate(
         identity=identity,
         proposal=write_steps(steps),
-        check="yes" if right else "no",
+        check=f": {target} {'yes' if right else 'no'}",
         answer=_expression(steps),
         right=right,
     )
