@@ -43,7 +43,7 @@ def write_facts(found: dict[str, Any], out: TextIO) -> None:
     rows = [
         ("architecture", f"{found['architecture']}, {found['layers']} layers"),
         ("parameters", f"{short(total)} ({total:,})"),
-        ("active a token", f"{short(active)} ({active:,})"),
+        ("active a token", f"{short(active)} ({active:,}){_multiplied(found)}"),
     ]
     if found["mtp_parameters"]:
         mtp = found["mtp_parameters"]
@@ -66,6 +66,12 @@ def write_facts(found: dict[str, Any], out: TextIO) -> None:
         print(f"{name:16} {value}", file=out)
 
 
+def _multiplied(found: dict[str, Any]) -> str:
+    """How DeepSeek counts active parameters: the embedding is looked up, not multiplied by."""
+    active = found["forward_flops_per_token"] / 2e9
+    return f"; {active:.0f}B without the embedding" if active >= 1 else ""
+
+
 def _formats(found: dict[str, dict[str, float]], block: int) -> list[tuple[str, str]]:
     """Weights, and what linear layers keep of one token for the backward pass, by format."""
     rows, whole = [], found["float32"]
@@ -82,8 +88,8 @@ def _formats(found: dict[str, dict[str, float]], block: int) -> list[tuple[str, 
 
 
 def short(n: float) -> str:
-    """671026419200 → 671.0B."""
+    """671026419200 → 671B, 37552297472 → 37.6B."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if n >= scale:
-            return f"{n / scale:.1f}{unit}"
+            return f"{n / scale:.1f}".removesuffix(".0") + unit
     return f"{n:.0f} "

@@ -36,6 +36,8 @@ PATIENCE = 0.1  # seconds that a stream may be silent
 # CPUs from memory, and from their caches, where so many bytes of a model find room.
 FREE, FREE_CPU, FREE_CACHED, CACHED = 256, 16, 5, 2**23
 
+ALWAYS = Costs(round=0.0, draft=-0.01, module=-1.0)  # more drafts are better, whatever they bring
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -141,7 +143,7 @@ class Generation:
             model: a decoder made of stacks.
             prompts: token ids of each row, at least one.
             sampling: how to generate.
-            costs: of drafting; None: `draft_costs(model, rows)`, or none with `sampling.always`.
+            costs: of drafting; None: `draft_costs(model, rows)`, or `ALWAYS`.
             kept: what an earlier generation of the same rows and model left, `Generation.kept`;
                 what its tokens share with the prompts is not fed again. It is used up.
 
@@ -156,7 +158,7 @@ class Generation:
         self._before, self._rows = kept, [list(row) for row in self._prompts]
         self._session: Session | None = None
         if costs is None:
-            costs = Costs(0.0, 0.0) if sampling.always else draft_costs(model, len(prompts))
+            costs = ALWAYS if sampling.always else draft_costs(model, len(prompts))
         self._costs = costs
         self._temperature_B = jnp.full(len(prompts), sampling.temperature, jnp.float32)
 

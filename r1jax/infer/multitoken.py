@@ -226,7 +226,7 @@ def _draft(model, s: Session, temperature_B, key, costs: Costs, *, rules: Rules)
         horizon_B += live_B & on
         if t + 1 < depth:
             more_B, chain_B = goes_on(chain_B, d.rate_BT, q_BN.max(-1), t, costs)
-            on &= (more_B & live_B).any()
+            on &= (more_B & (s.left_B > t + 2)).any()
             fed = hidden_BD[:, None], drafts[-1][:, None], own, length_B + t
             hidden_BD, own = jax.lax.cond(on, _deeper, _no_deeper, model, *fed)
     drafter = d._replace(own=own, length_B=length_B, pending_B=jnp.zeros_like(d.pending_B))

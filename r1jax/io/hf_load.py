@@ -51,8 +51,7 @@ def load(
             infinity; file and tensor are named.
     """
     shapes = source.shapes()
-    if cfg.num_layers > len(shapes):  # before a table of so many layers is made
-        raise ValueError(f"{source.path}: {len(shapes)} tensors cannot be {cfg.num_layers} layers")
+    _check_count(source.path, cfg, len(shapes))
     wanted = places(cfg)
     check_names(source, cfg, wanted)
     module = blank(cfg)
@@ -74,6 +73,21 @@ def load(
         progress(done, total)
     _check_shared(source, cfg)
     return filled(module, {path: array.finish() for path, array in arrays.items()})
+
+
+def _check_count(path, cfg: ModelConfig | DenseConfig, tensors: int) -> None:
+    """Refuses layers and experts that so few tensors cannot be, before a table of all is made."""
+    layers = cfg.num_layers
+    if layers > tensors:
+        raise ValueError(f"{path}: {tensors} tensors cannot be {layers} layers")
+    if isinstance(cfg, DenseConfig):
+        return
+    experts, mixtures = cfg.moe.n_routed_experts, layers - cfg.first_k_dense
+    if experts * mixtures > tensors:
+        raise ValueError(
+            f"{path}: {tensors} tensors cannot be {mixtures} layers of {experts} experts "
+            "(n_routed_experts)"
+        )
 
 
 def _bytes(entry: tuple[str, tuple[int, ...]]) -> int:

@@ -64,6 +64,13 @@ def test_info_counts_the_same_before_and_after_import(folder, tmp_path, capsys):
     assert "\nFP8  " in said(capsys, "info", folder)[0]
 
 
+def test_info_of_the_released_model(capsys):
+    out = said(capsys, "info", "--config=configs/v3_671b.py")[0]
+    assert "671B (671,026,419,200)" in out
+    assert "37.6B (37,552,297,472); 37B without the embedding" in out
+    assert "576 values x 61 layers" in out
+
+
 def test_generate_prints_the_answer_and_json_the_same(folder, capsys):
     command = ["generate", folder, "--prompt=1 + 2", "--temperature=0", "--max-tokens=8"]
     text, err = said(capsys, *command)

@@ -261,7 +261,7 @@ def forward(model, tokens: np.ndarray, mask: np.ndarray):
 
 
 def gradient(model, logits, tokens: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
-    """The loss on unpadded rows and its gradient, by the checkpoint's names."""
+    """The mean loss of the tokens, -100 left out, and its gradient by the checkpoint's names."""
     import torch
 
     targets = torch.from_numpy(tokens[:, 1:].astype(np.int64)).flatten()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from r1jax.infer import generate as generating
 from r1jax.infer.generate import Generation, Sampling, draft_costs, generate
 from r1jax.infer.prompts import feed
 from r1jax.infer.sample import distribution
@@ -16,6 +17,7 @@ from r1jax.nn.count import read_by_draft, read_by_pass
 from tests.nn import tiny
 
 ALWAYS, NEVER = Costs(-0.9, 0.0), Costs(100.0, 1.0)
+SHORT = Costs(-0.9, 0.0, 10.0)  # drafting pays, a second pass of the module never does
 # χ² with d degrees of freedom has mean d and deviation sqrt(2d): 5 deviations of a fixed seed.
 DEVIATIONS = 5.0
 
@@ -87,18 +89,19 @@ def exact_joint(model, prompt, temperature, top_p):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "drafts"),
+    ("temperature", "top_p", "drafts", "costs"),
     [
-        (0.7, 0.9, 2),
-        pytest.param(1.0, 1.0, 1, marks=pytest.mark.slow),
-        pytest.param(1.3, 0.8, 3, marks=pytest.mark.slow),
+        (0.7, 0.9, 2, ALWAYS),
+        pytest.param(1.0, 1.0, 1, ALWAYS, marks=pytest.mark.slow),
+        pytest.param(1.3, 0.8, 3, ALWAYS, marks=pytest.mark.slow),
+        pytest.param(1.0, 0.9, 3, SHORT, marks=pytest.mark.slow),
     ],
 )
-def test_three_tokens_are_distributed_as_by_enumeration(temperature, top_p, drafts):
+def test_three_tokens_are_distributed_as_by_enumeration(temperature, top_p, drafts, costs):
     model, rows, prompt = tiny.model(tiny.model_config()), 6000, [1, 2, 3]
     joint = exact_joint(model, prompt, temperature, top_p)
     sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=6, drafts=drafts, seed=5)
-    generation = Generation(model, [prompt] * rows, sampling, costs=ALWAYS)
+    generation = Generation(model, [prompt] * rows, sampling, costs=costs)
     made = [[] for _ in range(rows)]
     for new in generation:
         for row, tokens in zip(made, new, strict=True):
@@ -139,6 +142,27 @@ def test_greedy_is_token_identical(drafts, costs):
             row += tokens
     assert found == wanted
     assert {len(row) for row in wanted} != {24}, "some row should have ended early"
+
+
+def test_a_pass_that_is_not_worth_it_is_not_made():
+    """One draft a round where the second asks for a pass: no other is kept or counted."""
+    model = tiny.model(tiny.model_config())
+    sampling = Sampling(temperature=1.0, top_p=None, max_tokens=60, drafts=3, seed=1)
+    for costs, least, most in ((SHORT, 0.9, 1.0), (ALWAYS, 2.5, 3.0)):
+        generation = Generation(model, [[1, 2]], sampling, costs=costs)
+        made = sum(len(new) for (new,) in generation)
+        counts = generation.counts
+        assert made == counts.tokens == counts.passes + counts.accepted == 60
+        assert least < counts.drafted / counts.passes <= most
+
+
+def test_drafts_are_always_made_whatever_becomes_of_them():
+    rate, live = hope(2)[None], np.ones(1, bool)
+    for _ in range(2000):
+        rate = updated_rate(rate, jnp.zeros(1, jnp.int32), 2)
+    assert best_horizon(rate, live, generating.ALWAYS) == 2
+    more, _ = goes_on(jnp.zeros(1), rate, jnp.zeros(1), 0, generating.ALWAYS)
+    assert more.all()
 
 
 def test_the_drafter_sees_what_training_showed_it():

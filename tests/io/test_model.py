@@ -220,6 +220,14 @@ def test_a_config_that_is_not_computed_is_refused_by_name(change, message):
         read_config(config)
 
 
+def test_more_experts_than_tensors_are_refused_at_once(tmp_path):
+    source = write(tmp_path / "hf", CONFIGS["deepseek"])
+    config = json.loads((source / "config.json").read_text()) | {"n_routed_experts": 3 * 10**8}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"of 300000000 experts \(n_routed_experts\)"):
+        open_model(source)
+
+
 def test_an_unknown_field_can_be_declared_harmless():
     config = write_config(CONFIGS["llama"], dtype="float32") | {"my_note": "x"}
     with pytest.raises(ValueError, match="my_note"):

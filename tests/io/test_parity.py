@@ -81,18 +81,22 @@ def test_logits(pair, side):
     assert np.abs(out - wanted).max() <= LOGITS * np.abs(wanted).max()
 
 
-def test_gradients(pair):
-    tokens = pair.wanted["tokens"].astype(np.int32)
+@pytest.mark.parametrize("side", ["logits", "left", "right"])
+def test_gradients(pair, side):
+    tokens, valid = pair.wanted["tokens"].astype(np.int32), valid_of(pair.wanted, side)
     pair.model.zero_grad()
-    logits = theirs.forward(pair.model, tokens, np.ones_like(tokens))
-    loss, wanted = theirs.gradient(pair.model, logits, tokens)
-    rows = tiny.whole_rows(tokens)
+    logits = theirs.forward(pair.model, tokens, valid.astype(np.int32))
+    counted = valid[:, 1:] & valid[:, :-1]
+    asked = np.concatenate([tokens[:, :1], np.where(counted, tokens[:, 1:], -100)], 1)
+    loss, wanted = theirs.gradient(pair.model, logits, asked)
+    positions = np.maximum(valid.cumsum(1) - 1, 0).astype(np.int32)
 
     @jax.jit
     @jax.value_and_grad
     def gradient(module):
-        hidden = module(*rows).hidden_BTD[:, :-1]
-        return -token_logp(hidden, module.head_DN(), tokens[:, 1:])[0].mean()
+        hidden = module(tokens, positions, valid.astype(np.int32)).hidden_BTD[:, :-1]
+        logp = token_logp(hidden, module.head_DN(), tokens[:, 1:])[0]
+        return -(logp * counted).sum() / counted.sum()
 
     value, found = gradient(pair.ours.module)
     assert float(value) == pytest.approx(loss, rel=LOGITS)
