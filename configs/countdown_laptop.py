@@ -7,7 +7,7 @@ the quickstart's (every try is judged, a third of the wrong ones is tried again)
 up retrying where verdicts cannot be trusted or longer answers lose their form.
 
 Command:   r1jax train --config=configs/countdown_laptop.py --out runs/countdown
-Hardware:  2 CPU cores, 3 GiB of memory; about 10 minutes, compilation included
+Hardware:  2 CPU cores, 3 GiB of memory; 13 minutes beside other work, compilation included
 Expected:  in rl_1 the share of answers with `wait` rises from 27 to 75 %, mean length from 41 to 67
            tokens; figures and controls in experiments/log/004_controls_of_the_quickstart.md
 """

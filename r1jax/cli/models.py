@@ -30,8 +30,8 @@ Answers a prompt, streaming. With a chat template the prompt is a user's turn; -
 takes it as it is. --draft N lets the checkpoint's own multi-token-prediction module
 draft up to N tokens a round, which the model verifies in one pass: the distribution of
 the answers is the same, greedy answers are token for token. It drafts while that is
-expected to be faster: seldom on a CPU with a model that lies in its caches;
---draft-always drafts all the same, to see how many are accepted. --rerank K drafts K
+expected to be faster; --draft-always drafts all the same, to see how many are
+accepted. --rerank K drafts K
 continuations of N tokens instead and keeps the one the model finds likeliest, whole:
 this changes the distribution.
 
@@ -261,7 +261,7 @@ def _report(args: argparse.Namespace, counts: Any, seconds: float) -> None:
         kept = f"{100 * counts.acceptance:.0f} % accepted"
         fate = f"best of {args.rerank} kept" if args.rerank else kept
         line += f"; {counts.drafted} drafted, {fate}, {counts.tokens_per_pass:.2f} tokens a pass"
-    elif args.draft:
+    elif args.draft and not args.draft_always:
         line += "; nothing drafted: not expected to pay here (--draft-always drafts)"
     if counts.reused:
         line += f"; {counts.reused} tokens of the conversation were in the cache"

@@ -227,7 +227,7 @@ def gqa(q_BTHK: jax.Array, parts: tuple[KVPart, ...], *, scale: float) -> jax.Ar
         masks.append(part.mask_BTS[:, None, None])
     weights = _softmax(jnp.concatenate(logits, -1) * scale, jnp.concatenate(masks, -1))
     out, start = jnp.zeros_like(q), 0
-    for part in parts:
+    for part in parts:  # weights times values in the order in which they come out, for XLA:CPU
         n, s = part.k_PSJK.shape[:2]
         w_PJGITS = _group(weights[..., start : start + s].astype(dtype), n).swapaxes(1, 2)
         one = jnp.einsum("pjgits,psjk->pjgitk", w_PJGITS, part.v_PSJK)

@@ -207,7 +207,9 @@ def gqa_by_hand(q, part):
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1), (2, 2)])
-def test_gqa_is_the_loop(heads, kv_heads):
+@pytest.mark.parametrize("few", [128, 3])  # all keys few, or some parts' many
+def test_gqa_is_the_loop(monkeypatch, heads, kv_heads, few):
+    monkeypatch.setattr("r1jax.ops.attention.FEW_KEYS", few)
     rng = np.random.default_rng(heads)
     q, parts = kv(
         rng, batch=4, queries=2, heads=heads, kv_heads=kv_heads, parts=[(2, 5), (4, 2), (1, 3)]
