@@ -19,11 +19,12 @@ class Cache(NamedTuple):
     """Caches of all stacks, and how far each row got.
 
     Attributes:
-        entries: for each stack, arrays [L, B, S, ...].
+        entries: for each stack, arrays [L, B, S, ...]; for a stack whose layers lie each by itself
+            a tuple of as many stacks of one layer (`infer.unrolled`).
         length_B: [B] int32 tokens processed.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[Entry | tuple[Entry, ...], ...]
     length_B: jax.Array
 
     @property

@@ -26,7 +26,7 @@ from r1jax.infer.multitoken import (
 from r1jax.infer.prompts import Kept, bucket, feed
 from r1jax.infer.sample import draw
 from r1jax.infer.speculative import Costs, best_horizon, hope
-from r1jax.infer.unrolled import for_decoding
+from r1jax.infer.unrolled import cache_for_decoding, for_decoding, stacked
 from r1jax.nn.count import read_by_draft, read_by_pass
 
 ROOM = 64  # tokens that one call of the compiled loop can make
@@ -170,7 +170,10 @@ class Generation:
         self.counts = self.counts._replace(tokens=rows, passes=rows)
         yield self._noted(first)
         # Flattened once: a module of a few hundred arrays takes longer to flatten than to run.
-        self._weights, self._treedef = jax.tree.flatten(for_decoding(self.model))
+        model = for_decoding(self.model)
+        self._weights, self._treedef = jax.tree.flatten(model)
+        cache = cache_for_decoding(model, session.cache)
+        session = self._session = session._replace(cache=cache)
         # As many tokens a call as the stream's reader has patience for; one takes no longer than
         # the prompts did.
         most = int(np.clip(PATIENCE / (time.perf_counter() - began), 4, ROOM))
@@ -197,7 +200,7 @@ class Generation:
         """
         if self._session is None:
             return None
-        cache, drafter = self._session.cache, self._session.drafter
+        cache, drafter = stacked(self._session.cache), self._session.drafter
         fed = [row[:n] for row, n in zip(self._rows, np.asarray(cache.length_B), strict=True)]
         if drafter is None:
             return Kept(fed, cache, None, np.zeros(len(fed), np.int32))
@@ -233,8 +236,8 @@ class Generation:
         depth = _hoped(Costs(*map(float, self._costs)), rules.drafts)
         if not (rules.rerank or depth):
             rules = rules._replace(drafts=0)
-        most = 2 * (ROOM + rules.drafts + 1)
-        how = dict(mtp=rules.drafts > 0, kept=self._before, room=most)
+        room = _room(self.sampling.max_tokens, rules.drafts)
+        how = dict(mtp=rules.drafts > 0, kept=self._before, room=room)
         fed = feed(self.model, self._prompts, **how)
         self._before, self.counts = None, Counts(reused=fed.reused)
         lengths = np.array([len(p) for p in self._prompts], np.int32)
@@ -245,12 +248,11 @@ class Generation:
     def _with_room(self, session: Session) -> Session:
         """The session with slots for everything that one call can write."""
         longest = int(np.asarray(session.cache.length_B).max())
-        # `catch_up` writes as many slots as one call can make.
-        need = longest + 2 * (ROOM + self.sampling.drafts + 1)
+        left = int(np.asarray(session.left_B).max())
+        need = longest + _room(left, 0 if session.drafter is None else self.sampling.drafts)
         if need <= session.cache.capacity:
             return session
         # Room for what is left, or for twice as much: a longer cache is another program.
-        left = int(np.asarray(session.left_B).max())
         capacity = bucket(need + min(left, longest))
         session = session._replace(cache=grown(session.cache, capacity))
         if session.drafter is not None:
@@ -321,6 +323,12 @@ def _run(weights, session: Session, temperature_B, how, *, treedef, rules: Rules
 @functools.partial(jax.jit, static_argnames=("treedef", "width"), donate_argnames="drafter")
 def _catch_up(weights, drafter: Drafter, *, treedef, width: int) -> Drafter:
     return catch_up(jax.tree.unflatten(treedef, weights), drafter, width=width)
+
+
+def _room(left: int, drafts: int) -> int:
+    """Slots behind the longest row that one call can write, `left` tokens wanted."""
+    # With drafts `catch_up` writes as many slots as one call can make.
+    return 2 * (ROOM + drafts + 1) if drafts else min(ROOM, left) + 1
 
 
 @functools.cache

@@ -137,7 +137,7 @@ def _beside(model, fed_XT: jax.Array, cache: Cache):
     turn = model.rotation(length_X[:, None] + jnp.arange(t, dtype=jnp.int32))
     x_XTD, made = model.embed_tokens(fed_XT), []
     for layers, entries in zip(model.stacks(), cache.entries, strict=True):
-        own = tuple(jnp.zeros((e.shape[0], x, t, *e.shape[3:]), e.dtype) for e in entries)
+        own = jax.tree.map(lambda e: jnp.zeros((e.shape[0], x, t, *e.shape[3:]), e.dtype), entries)
         x_XTD, own = run_cached(layers, x_XTD, turn, prompt=entries, own=own, step=step)
         made.append(own)
     return model.norm(x_XTD), tuple(made)

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder whose layers lie each by itself: how a CPU decodes.
 
-A scan over stacked layers copies a layer's weights out of its stack before it multiplies by them.
-Decoding does little but read weights, so on a CPU the copies cost more than the products; a TPU or
-GPU reads them where they lie.
+A scan over stacked layers copies a layer's weights out of its stack before it multiplies by them,
+and its cache before it attends to it. Decoding does little but read them, so on a CPU the copies
+cost more than the products; a TPU or GPU reads them where they lie.
 """
 
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from r1jax.infer.cache import Cache
 from r1jax.nn.block import Block
 from r1jax.nn.head import Head
 
@@ -60,6 +62,16 @@ def for_decoding(model):
     return Unrolled(model, _layers(stacks))
 
 
+def cache_for_decoding(model: nnx.Module | Unrolled, cache: Cache) -> Cache:
+    """The cache as the layers of `for_decoding`'s model lie."""
+    return _split(cache) if isinstance(model, Unrolled) else cache
+
+
+def stacked(cache: Cache) -> Cache:
+    """The cache as the model's own layers lie."""
+    return _joined(cache) if isinstance(cache.entries[0][0], tuple) else cache
+
+
 def _depth(stack: Block) -> int:
     return len(jax.tree.leaves(stack)[0])
 
@@ -68,3 +80,16 @@ def _depth(stack: Block) -> int:
 def _layers(stacks: tuple[Block, ...]) -> tuple[tuple[Block, ...], ...]:
     one = lambda stack, i: jax.tree.map(lambda x: x[i], stack)  # noqa: E731
     return tuple(tuple(one(stack, i) for i in range(_depth(stack))) for stack in stacks)
+
+
+@jax.jit
+def _split(cache: Cache) -> Cache:
+    one = lambda entry, i: jax.tree.map(lambda x: x[i : i + 1], entry)  # noqa: E731
+    entries = tuple(tuple(one(e, i) for i in range(_depth(e))) for e in cache.entries)
+    return cache._replace(entries=entries)
+
+
+@jax.jit
+def _joined(cache: Cache) -> Cache:
+    entries = tuple(jax.tree.map(lambda *xs: jnp.concatenate(xs), *s) for s in cache.entries)
+    return cache._replace(entries=entries)

@@ -133,20 +133,23 @@ def run_cached(
     x_BTD,
     rotation,
     *,
-    prompt: Entry | None,
-    own: Entry,
+    prompt: Entry | tuple[Entry, ...] | None,
+    own: Entry | tuple[Entry, ...],
     step: Step,
 ):
     """A stack of layers for one step; caches have a leading layer axis: (x_BTD, own).
 
     The own cache is carried, not stacked anew: a step writes its entries and copies nothing else.
-    Layers that lie each by itself run one after another, without a scan.
+    Layers that lie each by itself run one after another, without a scan; their caches lie so too,
+    as stacks of one layer each.
     """
     if isinstance(layers, tuple):
-        for i, layer in enumerate(layers):
-            mine = jax.tree.map(lambda x, i=i: x[i], prompt)
-            x_BTD, own = layer.cached(x_BTD, rotation, mine, own, step._replace(layer=i))
-        return x_BTD, own
+        made = []
+        for i, (layer, mine) in enumerate(zip(layers, own, strict=True)):
+            shared = None if prompt is None else tuple(x[0] for x in prompt[i])
+            x_BTD, mine = layer.cached(x_BTD, rotation, shared, mine, step)
+            made.append(mine)
+        return x_BTD, tuple(made)
 
     def body(carry, xs):
         layer, prompt_layer, index = xs
