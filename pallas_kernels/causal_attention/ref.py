@@ -8,22 +8,27 @@ keys that no query of a block may attend to are never visited.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 QUERIES, KEYS = 128, 256  # of a block
-NEG = -1e30  # finite, so that the difference of two is not NaN
+MANY = 2**20  # logits of a block, all rows and heads: from here on half the keys (CPU caches)
+NEG = -1e30  # of masked logits: finite, so that the difference of two is not NaN
+LEAST = -5e29  # of a row's peak: exp(NEG − LEAST) is 0
 
 
 class _Blocks(NamedTuple):
-    """The operands, padded to whole blocks; queries cut: n blocks of t rows, R = G · t."""
+    """The operands, padded to whole blocks; queries cut: n blocks of t rows, R = G · t; `keys` in
+    a block."""
 
     q_nBJRK: jax.Array
     k_BJSK: jax.Array
     v_BJSV: jax.Array
     mask_nBtS: jax.Array
+    keys: int
 
 
 class Segments(NamedTuple):
@@ -87,14 +92,16 @@ def _forward(q, k, v, mask, scale):
             k_i, v_i, ok = _keys(i, blocks, mask_BtS)
             x = _masked(_dot("bjrk,bjsk->bjrs", q_BJRK, k_i) * scale, ok, NEG)
             higher = jnp.maximum(peak, x.max(-1))
-            e = _masked(jnp.exp(x - higher[..., None]), ok, 0.0)
+            e = jnp.exp(x - higher[..., None])  # 0 where masked: the peak is at least LEAST
             shrink = jnp.exp(peak - higher)
             brought = _dot("bjrs,bjsv->bjrv", e.astype(v.dtype), v_i)
             return higher, total * shrink + e.sum(-1), out * shrink[..., None] + brought
 
         zero = jnp.zeros_like(q_BJRK[..., 0], jnp.float32)
         blank = _dot("bjrs,bjsv->bjrv", q_BJRK[..., :0], v[:, :, :0])
-        peak, total, out = jax.lax.fori_loop(*_reach(mask_BtS), body, (zero + NEG, zero, blank))
+        start = zero + LEAST, zero, blank
+        reach = _reach(mask_BtS, blocks.keys)
+        peak, total, out = jax.lax.fori_loop(*reach, body, start)
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         return (out / total[..., None]).astype(q.dtype), peak + jnp.log(total)
 
@@ -130,7 +137,7 @@ def _backward(scale, residuals, given):
             return dq, dk, dv
 
         zero = jnp.zeros_like(q_BJRK, jnp.float32)
-        dq, *carry = jax.lax.fori_loop(*_reach(mask_BtS), body, (zero, *carry))
+        dq, *carry = jax.lax.fori_loop(*_reach(mask_BtS, blocks.keys), body, (zero, *carry))
         return tuple(carry), dq.astype(q.dtype)
 
     start = tuple(jnp.zeros_like(x, jnp.float32) for x in blocks[1:3])
@@ -145,15 +152,17 @@ attend.defvjp(_with_residuals, _backward)
 
 def _cut(q, k, v, mask) -> _Blocks:
     n = -(-mask.shape[1] // QUERIES)
-    keys = lambda x, axis: _padded(x, axis, _n_keys(mask.shape[2]))  # noqa: E731
+    size = _n_keys(mask.shape[2], math.prod(q.shape[:3]) * min(mask.shape[1], QUERIES))
+    keys = lambda x, axis: _padded(x, axis, size)  # noqa: E731
     mask_BNtS = _padded(keys(mask, 2), 1, -(-mask.shape[1] // n))
     mask_BNtS = mask_BNtS.reshape(len(mask), n, -1, mask_BNtS.shape[2])
-    return _Blocks(_rows(q, n), keys(k, 2), keys(v, 2), jnp.moveaxis(mask_BNtS, 1, 0))
+    return _Blocks(_rows(q, n), keys(k, 2), keys(v, 2), jnp.moveaxis(mask_BNtS, 1, 0), size)
 
 
-def _n_keys(s: int) -> int:
-    """Keys of a block: equal blocks, so that padding is less than one key a block."""
-    return -(-s // -(-s // KEYS))
+def _n_keys(s: int, rows: int) -> int:
+    """Keys of a block of `rows`: equal blocks, so that padding is less than one key a block."""
+    most = KEYS if rows * min(s, KEYS) < MANY else KEYS // 2
+    return -(-s // -(-s // most))
 
 
 def _padded(x: jax.Array, axis: int, multiple: int) -> jax.Array:
@@ -176,9 +185,8 @@ def _joined(x_nBJRK: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x.reshape(b, j, shape[2], -1, k)[:, :, :, : shape[3]]
 
 
-def _reach(mask_BtS: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(first, behind the last) block of keys that some query of the block may attend to."""
-    size = _n_keys(mask_BtS.shape[2])
+def _reach(mask_BtS: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """(first, behind the last) block of `size` keys that some query may attend to."""
     seen_N = mask_BtS.any((0, 1)).reshape(-1, size).any(1)
     n = len(seen_N)
     return seen_N.argmax(), jnp.where(seen_N.any(), n - seen_N[::-1].argmax(), 0)
@@ -186,7 +194,7 @@ def _reach(mask_BtS: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _keys(i, blocks: _Blocks, mask_BtS: jax.Array):
     """Block i of the keys: (k, v, mask)."""
-    size = _n_keys(mask_BtS.shape[2])
+    size = blocks.keys
     at = lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size, 2)  # noqa: E731
     return at(blocks.k_BJSK), at(blocks.v_BJSV), at(mask_BtS)
 

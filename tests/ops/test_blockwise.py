@@ -73,6 +73,21 @@ def test_value_and_gradient_are_those_of_whole_logits(t, s, name):
         close(got, exact, 10 * FLOAT32)
 
 
+def test_blocks_of_many_rows_have_half_the_keys(monkeypatch):
+    monkeypatch.setattr(blockwise, "KEYS", 64)
+    rng = np.random.default_rng(3)
+    q, k, v = operands(rng, 200, 600)
+    for name, mask in masks(rng, 2, 200, 600).items():
+        whole_blocks = blockwise.attend(q, k, v, mask, 0.4)
+        with monkeypatch.context() as patch:
+            patch.setattr(blockwise, "MANY", 2 * 2 * 3 * 128 * 64)
+            assert blockwise._cut(q, k, v, mask).keys == 32
+            half_blocks = blockwise.attend(q, k, v, mask, 0.4)
+        assert blockwise._cut(q, k, v, mask).keys == 60, name
+        close(half_blocks, whole_blocks, FLOAT32)
+        close(half_blocks, whole(q, k, v, mask, 0.4), FLOAT32)
+
+
 def test_large_logits_neither_overflow_nor_lose_the_largest():
     rng = np.random.default_rng(0)
     q, k, v = operands(rng, 200, 600)
