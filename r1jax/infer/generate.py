@@ -236,7 +236,8 @@ class Generation:
         depth = _hoped(Costs(*map(float, self._costs)), rules.drafts)
         if not (rules.rerank or depth):
             rules = rules._replace(drafts=0)
-        room = _room(self.sampling.max_tokens, rules.drafts)
+        longest = max(len(p) for p in self._prompts)
+        room = _room(longest, self.sampling.max_tokens, rules.drafts)[1]
         how = dict(mtp=rules.drafts > 0, kept=self._before, room=room)
         fed = feed(self.model, self._prompts, **how)
         self._before, self.counts = None, Counts(reused=fed.reused)
@@ -249,11 +250,11 @@ class Generation:
         """The session with slots for everything that one call can write."""
         longest = int(np.asarray(session.cache.length_B).max())
         left = int(np.asarray(session.left_B).max())
-        need = longest + _room(left, 0 if session.drafter is None else self.sampling.drafts)
-        if need <= session.cache.capacity:
+        drafts = 0 if session.drafter is None else self.sampling.drafts
+        least, room = _room(longest, left, drafts)
+        if longest + least <= session.cache.capacity:
             return session
-        # Room for what is left, or for twice as much: a longer cache is another program.
-        capacity = bucket(need + min(left, longest))
+        capacity = bucket(longest + room)
         session = session._replace(cache=grown(session.cache, capacity))
         if session.drafter is not None:
             d = session.drafter
@@ -325,10 +326,12 @@ def _catch_up(weights, drafter: Drafter, *, treedef, width: int) -> Drafter:
     return catch_up(jax.tree.unflatten(treedef, weights), drafter, width=width)
 
 
-def _room(left: int, drafts: int) -> int:
-    """Slots behind the longest row that one call can write, `left` tokens wanted."""
+def _room(longest: int, left: int, drafts: int) -> tuple[int, int]:
+    """Slots behind the `longest` row, `left` tokens wanted: (those that one call can write, those
+    for what is left or for twice as long a row: a longer cache is another program)."""
     # With drafts `catch_up` writes as many slots as one call can make.
-    return 2 * (ROOM + drafts + 1) if drafts else min(ROOM, left) + 1
+    call = 2 * (ROOM + drafts + 1) if drafts else min(ROOM, left) + 1
+    return call, call + min(left if drafts else max(left - ROOM, 0), longest)
 
 
 @functools.cache

@@ -120,7 +120,7 @@ def _roomy(kept: Kept, start_B: np.ndarray, capacity: int, mtp: bool):
 def bucket(n: int) -> int:
     """A capacity for `n` tokens: few different ones, so that few programs are compiled."""
     step = 1 << max(n.bit_length() - 4, 7)
-    return 1 << max(n - 1, 127).bit_length() if n <= 1024 else -(-n // step) * step
+    return 1 << max(n - 1, 127).bit_length() if n <= 512 else -(-n // step) * step
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "mtp"))
