@@ -14,8 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import chips
+
 QUERIES, KEYS = 128, 256  # of a block
-MANY = 2**20  # logits of a block, all rows and heads: from here on half the keys (CPU caches)
+MANY = 2**20  # logits of a block, all rows and heads: from here on a CPU takes half the keys
 NEG = -1e30  # of masked logits: finite, so that the difference of two is not NaN
 LEAST = -5e29  # of a row's peak: exp(NEG − LEAST) is 0
 
@@ -161,8 +163,8 @@ def _cut(q, k, v, mask) -> _Blocks:
 
 def _n_keys(s: int, rows: int) -> int:
     """Keys of a block of `rows`: equal blocks, so that padding is less than one key a block."""
-    most = KEYS if rows * min(s, KEYS) < MANY else KEYS // 2
-    return -(-s // -(-s // most))
+    half = rows * min(s, KEYS) >= MANY and chips.present()[0] == "cpu"
+    return -(-s // -(-s // (KEYS // 2 if half else KEYS)))
 
 
 def _padded(x: jax.Array, axis: int, multiple: int) -> jax.Array:

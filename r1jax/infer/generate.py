@@ -329,8 +329,8 @@ def _catch_up(weights, drafter: Drafter, *, treedef, width: int) -> Drafter:
 def _room(longest: int, left: int, drafts: int) -> tuple[int, int]:
     """Slots behind the `longest` row, `left` tokens wanted: (those that one call can write, those
     for what is left or for twice as long a row: a longer cache is another program)."""
-    # With drafts `catch_up` writes as many slots as one call can make.
-    call = 2 * (ROOM + drafts + 1) if drafts else min(ROOM, left) + 1
+    # `catch_up` writes as many slots as any call can make, whatever is left.
+    call = (ROOM if drafts else min(ROOM, left)) + drafts + 1
     return call, call + min(left if drafts else max(left - ROOM, 0), longest)
 
 

@@ -112,11 +112,15 @@ def test_rows_are_written_at_once_on_gpus(monkeypatch):
         np.testing.assert_array_equal(got, wanted)
 
 
-def test_writing_beyond_the_room_of_a_row_is_never_asked_for(monkeypatch):
-    """Generation to the last position of the model, in calls of a few tokens."""
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_writing_beyond_the_room_of_a_row_is_never_asked_for(drafts, monkeypatch):
+    """Generation to the last position of the model, in calls of a few tokens, caches as short as
+    they may be."""
     monkeypatch.setattr(generating, "ROOM", 5)
+    for module in (generating, feeding):
+        monkeypatch.setattr(module, "bucket", lambda n: n)
     model = tiny.model(CONFIGS[0])
-    sampling = generating.Sampling(temperature=0.0, max_tokens=57, drafts=2, always=True)
+    sampling = generating.Sampling(0.0, max_tokens=57, drafts=drafts, always=drafts > 0)
     prompts = [[1, 2, 3, 4, 5, 6, 7], [3]]
     out = generating.generate(model, prompts, sampling)
     for prompt, row in zip(prompts, out, strict=True):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from r1jax.infer import prompts as feeding
+from r1jax.infer import unrolled
 from r1jax.infer.generate import Generation, Sampling, generate
 from r1jax.infer.prompts import feed
 from r1jax.infer.speculative import Costs
@@ -24,17 +25,22 @@ def answered(model, prompts, sampling, kept=None):
 
 
 @pytest.mark.parametrize(
-    ("drafts", "rerank", "chunk"),
+    ("drafts", "rerank", "chunk", "apart"),
     [
-        (0, 0, 512),
-        (2, 0, 8),
-        pytest.param(2, 2, 512, marks=pytest.mark.slow),
-        pytest.param(0, 0, 8, marks=pytest.mark.slow),
+        (0, 0, 512, False),
+        (0, 0, 512, True),
+        (2, 0, 8, True),
+        pytest.param(2, 0, 8, False, marks=pytest.mark.slow),
+        pytest.param(2, 2, 512, False, marks=pytest.mark.slow),
+        pytest.param(2, 2, 512, True, marks=pytest.mark.slow),
+        pytest.param(0, 0, 8, False, marks=pytest.mark.slow),
     ],
 )
-def test_a_conversation_is_answered_as_if_fed_anew(drafts, rerank, chunk, monkeypatch):
-    """Turns that go on, that change an earlier turn, that are shorter, and the same again."""
+def test_a_conversation_is_answered_as_if_fed_anew(drafts, rerank, chunk, apart, monkeypatch):
+    """Turns that go on, that change an earlier turn, that are shorter, and the same again; decoded
+    from stacks of layers, and from layers that lie each by itself."""
     monkeypatch.setattr(feeding, "CHUNK", chunk)
+    monkeypatch.setattr(unrolled, "SMALLEST", 1 if apart else unrolled.SMALLEST)
     model = tiny.model(tiny.model_config())
     sampling = Sampling(temperature=0.0, max_tokens=6, eos_ids=(7,), drafts=drafts, rerank=rerank)
     prompts, kept, reused = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5]], None, []
