@@ -131,7 +131,8 @@ def test_writing_beyond_the_room_of_a_row_is_never_asked_for(drafts, monkeypatch
 
 def test_long_prompts_come_in_chunks(monkeypatch):
     model = tiny.model(CONFIGS[0])
-    prompts = [tiny.tokens(3, 21).tolist(), tiny.tokens(4, 5).tolist(), tiny.tokens(5, 16).tolist()]
+    # Seed 3 makes a latent that is near zero before its norm, which multiplies rounding by ten.
+    prompts = [tiny.tokens(s, n).tolist() for s, n in ((13, 21), (14, 5), (15, 16))]
     whole = feeding.feed(model, prompts, mtp=True)
     monkeypatch.setattr(feeding, "CHUNK", 8)
     chunks = feeding.feed(model, prompts, mtp=True)
@@ -139,9 +140,7 @@ def test_long_prompts_come_in_chunks(monkeypatch):
     np.testing.assert_allclose(whole.hidden_BD, chunks.hidden_BD, rtol=SAME, atol=SAME)
     for a, b in zip(jax.tree.leaves(whole.own), jax.tree.leaves(chunks.own), strict=True):
         for row, n in enumerate([20, 4, 15]):
-            # Normalised: an error is of the whole latent, up to twice the values' order of 1.
-            scale = np.abs(a[:, row, :n]).max()
-            np.testing.assert_allclose(a[:, row, :n], b[:, row, :n], rtol=0, atol=SAME * scale)
+            np.testing.assert_allclose(a[:, row, :n], b[:, row, :n], rtol=SAME, atol=SAME)
 
 
 def test_the_cache_of_mla_holds_576_values():
