@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What drafts of the MTP module bring on a model of the quickstart, or on a random one.
 
-Held-out prompts are answered by plain decoding and with drafts in turns, in one process, after a
-first time that compiles; prefill is in the figures. Speed is the median, over turns, of plain
-decoding's time over drafting's of the same turn.
+Held-out prompts are answered by plain decoding and with drafts, each by both before the next one,
+in one process, after a first time that compiles; prefill is in the figures. Speed is the median,
+over turns, of plain decoding's time a token over drafting's of the same turn; so a round with
+drafts takes as many plain passes as it brings tokens, divided by the speed. Beside it stands what
+`draft_costs` expects.
 
     python experiments/drafting.py RUN                     # the quickstart's folder: its last stage
     python experiments/drafting.py RUN --random            # its shape, weights as they are drawn
@@ -22,7 +24,7 @@ import jax
 import numpy as np
 
 from r1jax.data.tokenizer import task_tokenizer
-from r1jax.infer.generate import Generation, Sampling
+from r1jax.infer.generate import Generation, Sampling, draft_costs
 from r1jax.io.hf_config import read_config
 from r1jax.nn.build import build
 from r1jax.nn.param import initialise
@@ -31,39 +33,55 @@ from r1jax.train.trained import config_of, open_run
 from r1jax.train.words import Words, template_of
 
 
-def answered(model, prompts, batch: int, how: Sampling) -> tuple[float, list, list]:
-    """(seconds, the answers, counts) of all prompts, `batch` at a time."""
-    began, answers, counts = time.perf_counter(), [], []
-    for i in range(0, len(prompts), batch):
-        rows = prompts[i : i + batch]
-        generation = Generation(model, rows, how)
-        made = [[] for _ in rows]
+@dataclasses.dataclass
+class Tally:
+    """What a way of decoding has done in a turn."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    answers: list = dataclasses.field(default_factory=list)
+
+    def answer(self, model, rows, how: Sampling) -> None:
+        """Answers these prompts too."""
+        began, generation, made = time.perf_counter(), Generation(model, rows, how), []
         for new in generation:
-            for row, tokens in zip(made, new, strict=True):
-                row += tokens
-        answers += made
-        counts.append(generation.counts)
-    return time.perf_counter() - began, answers, counts
+            made.append(new)
+        self.seconds += time.perf_counter() - began
+        for name in ("tokens", "passes", "drafted", "accepted"):
+            setattr(self, name, getattr(self, name) + getattr(generation.counts, name))
+        self.answers += [sum(parts, []) for parts in zip(*made, strict=True)]
 
 
-def row(model, prompts, batch: int, how: Sampling, *, most: int, turns: int) -> list[str]:
+def turn_of(model, prompts, batch: int, hows: list[Sampling]) -> list[Tally]:
+    """All prompts, `batch` at a time, each batch in every way before the next one."""
+    tallies = [Tally() for _ in hows]
+    for n, i in enumerate(range(0, len(prompts), batch)):
+        order = list(zip(tallies, hows, strict=True))
+        for tally, how in order[:: 1 if n % 2 else -1]:
+            tally.answer(model, prompts[i : i + batch], how)
+    return tallies
+
+
+def row(model, prompts, batch: int, how: Sampling, turns: int) -> list[str]:
     """One line of the table."""
-    plain, drafted = (
-        dataclasses.replace(how, drafts=n, always=how.always and n > 0) for n in (0, most)
-    )
-    runs = {n: [] for n in (0, most)}
-    for turn in range(turns + 1):  # the first compiles
-        for n in (0, most) if turn % 2 else (most, 0):
-            runs[n].append(answered(model, prompts, batch, drafted if n else plain))
-    speed = [p[0] / d[0] for p, d in zip(runs[0][1:], runs[most][1:], strict=True)]
-    counts = runs[most][-1][2]
-    drafts, accepted = (sum(getattr(c, n) for c in counts) for n in ("drafted", "accepted"))
-    tokens, passes = (sum(getattr(c, n) for c in counts) for n in ("tokens", "passes"))
-    same = how.temperature > 0 or runs[0][-1][1] == runs[most][-1][1]
+    hows = [dataclasses.replace(how, drafts=0, always=False), how]
+    turn_of(model, prompts, batch, hows)  # compiles
+    done = [turn_of(model, prompts, batch, hows) for _ in range(turns)]
+    speed = [p.seconds / p.tokens * d.tokens / d.seconds for p, d in done]
+    plain, drafted = done[-1]
+    a_pass = drafted.tokens / drafted.passes
+    same = how.temperature > 0 or plain.answers == drafted.answers
+    costs, took = draft_costs(model, batch), a_pass / statistics.median(speed)
+    expected = 1 + costs.round + how.drafts * costs.draft
     return [
-        f"{batch}", f"{how.temperature:g}", f"{most}", f"{accepted / max(drafts, 1):.0%}",
-        f"{tokens / passes:.2f}", f"{1e3 * statistics.median(r[0] for r in runs[0][1:]):.0f} ms",
+        f"{batch}", f"{how.temperature:g}", f"{how.drafts}",
+        f"{drafted.accepted / max(drafted.drafted, 1):.0%}", f"{a_pass:.2f}",
+        f"{1e3 * statistics.median(p.seconds for p, _ in done):.0f} ms",
         f"{statistics.median(speed):.2f} ({min(speed):.2f} to {max(speed):.2f})",
+        f"{took:.2f}, {expected:.2f}" if drafted.drafted else "none",
         "" if how.temperature else "yes" if same else "NO",
     ]  # fmt: skip
 
@@ -97,19 +115,20 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="the shape with random weights")
     parser.add_argument("--always", action="store_true", help="draft where it should not pay too")
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=11)
     parser.add_argument("--drafts", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     args = parser.parse_args()
     model, eos_ids, ids = of_run(args.run, random=args.random) if args.run else of_bench()
     prompts = ids(args.prompts)
-    print("| rows | T | drafts | accepted | tokens a pass | plain | speed | same greedy text |")
-    print("|---|---|---|---|---|---|---|---|")
+    heads = "rows", "T", "drafts", "accepted", "tokens a pass", "plain", "speed"
+    print("| " + " | ".join((*heads, "a round, expected", "same greedy text")) + " |")
+    print("|---" * (len(heads) + 2) + "|")
     for batch in args.batches:
         for temperature in (0.0, 1.0):
             for most in args.drafts:
                 how = Sampling(temperature, None, None, 96, eos_ids, most, always=args.always)
-                cells = row(model, prompts, batch, how, most=most, turns=args.turns)
+                cells = row(model, prompts, batch, how, args.turns)
                 print("| " + " | ".join(cells) + " |", flush=True)
 
 

@@ -34,7 +34,7 @@ SHORT = 8  # entries that a drafter catches up with by a smaller program
 PATIENCE = 0.1  # seconds that a stream may be silent
 # Tokens that a parameter is multiplied by in the time that it takes to be read: on accelerators; on
 # CPUs from memory, and from their caches, where so many bytes of a model find room.
-FREE, FREE_CPU, FREE_CACHED, CACHED = 256, 16, 5, 2**23
+FREE, FREE_CPU, FREE_CACHED, CACHED = 256, 16, 1.5, 2**23
 
 ALWAYS = Costs(round=0.0, draft=-0.01, module=-1.0)  # more drafts are better, whatever they bring
 
@@ -215,7 +215,7 @@ class Generation:
         elif not rules.rerank:
             rules = rules._replace(drafts=int(d.depth))
             waiting, width = int(np.asarray(d.pending_B).max()), d.next_BW.shape[1]
-            if waiting > (rules.drafts + 1 if rules.drafts else width - ROOM):
+            if waiting > (rules.drafts + 1 if rules.drafts else width - most):
                 fixed = dict(treedef=self._treedef, width=width if waiting > SHORT else SHORT)
                 session = session._replace(drafter=_catch_up(self._weights, d, **fixed))
         fixed = dict(treedef=self._treedef, rules=rules)

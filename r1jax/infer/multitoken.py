@@ -255,8 +255,8 @@ def _judged(model, s: Session, drafts, temperature_B, key, *, rules: Rules) -> S
     if s.drafter is None:
         return on
     # A row that was done keeps its rate for nobody.
-    rate_BT = updated_rate(s.drafter.rate_BT, verdict.accepted_B, rules.drafts)
-    rounds = on.drafter.rounds + 1
+    d, rounds = s.drafter, s.drafter.rounds + 1
+    rate_BT = updated_rate(d.rate_BT, verdict.accepted_B, rules.drafts, d.rounds)
     return on._replace(drafter=on.drafter._replace(rate_BT=rate_BT, rounds=rounds))
 
 

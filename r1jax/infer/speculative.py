@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from r1jax.infer.sample import draw
 
 HOPE = 0.9  # acceptance that a row's first drafts are credited with before it has drafted
+EARLY = 3  # rounds that weigh as much as this hope
 
 
 class Verdict(NamedTuple):
@@ -130,14 +131,23 @@ def goes_on(chain_B: jax.Array, rate_BT: jax.Array, best_B: jax.Array, t: int, c
     return chain_B * rate_BT[:, t + 1] > costs.module, chain_B
 
 
-def updated_rate(rate_BT: jax.Array, accepted_B: jax.Array, depth: int) -> jax.Array:
+def updated_rate(
+    rate_BT: jax.Array, accepted_B: jax.Array, depth: int, rounds: jax.Array | int
+) -> jax.Array:
     """Running acceptance by place, after a round of at most `depth` drafts.
 
-    The accepted ones move their places' by a sixteenth, and so does the first that was refused or,
-    for want of confidence, not made. Others move by 1/256 towards `hope`, so that a row that gave
-    up tries again some day.
+    The accepted ones move their places' by a sixteenth, in the first dozen rounds, while little but
+    `hope` is known, by more; and so does the first that was refused or, for want of confidence, not
+    made. Others move by 1/256 towards `hope`, so that a row that gave up tries again some day.
+
+    Args:
+        rate_BT: [B, T] before the round.
+        accepted_B: [B] of its drafts.
+        depth: most drafts that a row could make in it.
+        rounds: made before it.
     """
     t = rate_BT.shape[1]
     kept_BT = _before(accepted_B, t)
     judged_BT = _before(jnp.minimum(accepted_B + 1, depth), t)
-    return rate_BT + jnp.where(judged_BT, (kept_BT - rate_BT) / 16, (hope(t) - rate_BT) / 256)
+    step = 1.0 / jnp.minimum(16, EARLY + 1 + rounds)
+    return rate_BT + jnp.where(judged_BT, (kept_BT - rate_BT) * step, (hope(t) - rate_BT) / 256)

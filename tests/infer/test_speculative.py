@@ -158,8 +158,8 @@ def test_a_pass_that_is_not_worth_it_is_not_made():
 
 def test_drafts_are_always_made_whatever_becomes_of_them():
     rate, live = hope(2)[None], np.ones(1, bool)
-    for _ in range(2000):
-        rate = updated_rate(rate, jnp.zeros(1, jnp.int32), 2)
+    for n in range(2000):
+        rate = updated_rate(rate, jnp.zeros(1, jnp.int32), 2, n)
     assert best_horizon(rate, live, generating.ALWAYS) == 2
     more, _ = goes_on(jnp.zeros(1), rate, jnp.zeros(1), 0, generating.ALWAYS)
     assert more.all()
@@ -211,11 +211,19 @@ def test_running_acceptance_by_place():
     expected = {2: [[up, up], [up, down], [down, second]], 1: [[up, second]], 0: [[first, second]]}
     for depth, rows in expected.items():
         accepted_B = np.arange(depth, depth - len(rows), -1)
-        rate = updated_rate(jnp.full((len(rows), 2), 0.4), accepted_B, depth)
+        rate = updated_rate(jnp.full((len(rows), 2), 0.4), accepted_B, depth, 12)
         np.testing.assert_allclose(rate, rows, rtol=1e-6)
-    for _ in range(3000):
-        rate = updated_rate(rate, jnp.zeros(1, jnp.int32), 0)
+    for n in range(3000):
+        rate = updated_rate(rate, jnp.zeros(1, jnp.int32), 0, n)
     np.testing.assert_allclose(rate, [hope(2)], rtol=1e-3)
+
+
+def test_the_first_rounds_weigh_more():
+    """What is hoped for counts as three rounds, of as many as there were with them."""
+    rate = hope(1)[None]
+    for n in range(12):
+        rate = updated_rate(rate, jnp.zeros(1, jnp.int32), 1, n)
+        np.testing.assert_allclose(rate, [[HOPE * 3 / (4 + n)]], rtol=1e-6)
 
 
 def test_costs_count_the_experts_that_further_tokens_read():
