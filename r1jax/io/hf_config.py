@@ -91,11 +91,13 @@ class Fields:
             raise ValueError(f"{self.where}: the field {name} is missing")
         return default if value is None else value
 
-    def integer(self, name: str, default: Any = ...) -> int:
-        """A whole number."""
+    def integer(self, name: str, default: Any = ..., *, least: int = 0) -> int:
+        """A whole number, at least `least`."""
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{self.where}: {name} must be an integer, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"{self.where}: {name} must be an integer of at least {least}, got {value!r}"
+            )
         return value
 
     def number(self, name: str, default: Any = ...) -> float:
@@ -176,7 +178,7 @@ def _check_quantisation(given: Any) -> None:
 
 
 def _deepseek(f: Fields) -> ModelConfig:
-    heads, q_rank = f.integer("num_attention_heads"), f.get("q_lora_rank", None)
+    heads, q_rank = f.integer("num_attention_heads", least=1), f.get("q_lora_rank", None)
     nope, rope = f.integer("qk_nope_head_dim"), f.integer("qk_rope_head_dim")
     f.only({"qk_head_dim": (nope + rope,), "head_dim": (rope, nope + rope)})
     f.only({"num_key_value_heads": (heads,)})
@@ -211,7 +213,7 @@ def _deepseek(f: Fields) -> ModelConfig:
 
 
 def _dense(f: Fields, *, qkv_bias: bool, qk_norm: bool, tied: bool) -> DenseConfig:
-    heads, width = f.integer("num_attention_heads"), f.integer("hidden_size")
+    heads, width = f.integer("num_attention_heads", least=1), f.integer("hidden_size")
     layers = f.integer("num_hidden_layers")
     kinds = f.get("layer_types", [])
     full = isinstance(kinds, list) and len(kinds) == kinds.count("full_attention")

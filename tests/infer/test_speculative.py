@@ -144,6 +144,34 @@ def test_greedy_is_token_identical(drafts, costs):
     assert {len(row) for row in wanted} != {24}, "some row should have ended early"
 
 
+@pytest.mark.parametrize("patience", [0.0, 1e9], ids=["calls of one token", "whole calls"])
+def test_rounds_without_drafts_leave_nothing_out(patience, monkeypatch):
+    """The module's cache and what is pending are those of the whole text, after some rounds with
+    drafts, many without, and several times of catching up, in calls of any length."""
+    monkeypatch.setattr(generating, "PATIENCE", patience)
+    monkeypatch.setattr(generating, "ROOM", 7)
+    monkeypatch.setattr(generating, "SHORT", 3)
+    model, prompts = tiny.model(tiny.model_config()), [[1, 2, 3, 4, 5], [6]]
+    sampling = Sampling(1.0, top_p=None, max_tokens=50, drafts=2, seed=3)
+    generation = Generation(model, prompts, sampling, costs=Costs(0.3, 0.4))
+    rows = [list(prompt) for prompt in prompts]
+    for new in generation:
+        rows = [row + tokens for row, tokens in zip(rows, new, strict=True)]
+    counts, session = generation.counts, generation._session
+    assert 0 < counts.drafted < counts.passes / 2, "rounds of both kinds"
+    d, length_B = session.drafter, np.asarray(session.cache.length_B)
+    done_B, pending_B = np.asarray(d.length_B), np.asarray(d.pending_B)
+    np.testing.assert_array_equal(done_B + pending_B, length_B)
+    whole = feed(model, rows, mtp=True)
+    for b, row in enumerate(rows):
+        n, more = done_B[b], pending_B[b]
+        for found, wanted in zip(d.own, whole.own, strict=True):
+            np.testing.assert_allclose(found[0, b, :n], wanted[0, b, :n], rtol=1e-4, atol=1e-5)
+        full = model(*tiny.whole_rows(np.array([row], np.int32))).hidden_BTD[0, n : n + more]
+        np.testing.assert_allclose(d.hidden_BWD[b, :more], full, rtol=1e-4, atol=1e-5)
+        assert d.next_BW[b, :more].tolist() == row[n + 1 : n + more + 1]
+
+
 def test_a_pass_that_is_not_worth_it_is_not_made():
     """One draft a round where the second asks for a pass: no other is kept or counted."""
     model = tiny.model(tiny.model_config())

@@ -220,6 +220,16 @@ def test_a_config_that_is_not_computed_is_refused_by_name(change, message):
         read_config(config)
 
 
+@pytest.mark.parametrize("name", ["deepseek", "llama"])
+@pytest.mark.parametrize("heads", [0, -8])
+def test_no_heads_are_refused_by_name(name, heads):
+    config = write_config(CONFIGS[name], dtype="float32")
+    change = {"num_attention_heads": heads, "num_key_value_heads": heads}
+    config.pop("head_dim", None)
+    with pytest.raises(ValueError, match="num_attention_heads must be an integer of at least 1"):
+        read_config(config | change)
+
+
 def test_more_experts_than_tensors_are_refused_at_once(tmp_path):
     source = write(tmp_path / "hf", CONFIGS["deepseek"])
     config = json.loads((source / "config.json").read_text()) | {"n_routed_experts": 3 * 10**8}
