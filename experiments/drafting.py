@@ -3,9 +3,9 @@
 
 Held-out prompts are answered by plain decoding and with drafts, each by both before the next one,
 in one process, after a first time that compiles; prefill is in the figures. Speed is the median,
-over turns, of plain decoding's time a token over drafting's of the same turn; so a round with
-drafts takes as many plain passes as it brings tokens, divided by the speed. Beside it stands what
-`draft_costs` expects.
+over turns, of plain decoding's time a token over drafting's of the same turn. With `--always` a
+round takes as many plain passes as it brings tokens, divided by the speed (of several rows: a
+little less, as the last one is waited for); beside it stands what `draft_costs` expects.
 
     python experiments/drafting.py RUN                     # the quickstart's folder: its last stage
     python experiments/drafting.py RUN --random            # its shape, weights as they are drawn
@@ -55,12 +55,12 @@ class Tally:
         self.answers += [sum(parts, []) for parts in zip(*made, strict=True)]
 
 
-def turn_of(model, prompts, batch: int, hows: list[Sampling]) -> list[Tally]:
+def turn_of(model, prompts, batch: int, hows: list[Sampling], turn: int) -> list[Tally]:
     """All prompts, `batch` at a time, each batch in every way before the next one."""
     tallies = [Tally() for _ in hows]
     for n, i in enumerate(range(0, len(prompts), batch)):
         order = list(zip(tallies, hows, strict=True))
-        for tally, how in order[:: 1 if n % 2 else -1]:
+        for tally, how in order[:: 1 if (n + turn) % 2 else -1]:
             tally.answer(model, prompts[i : i + batch], how)
     return tallies
 
@@ -68,8 +68,7 @@ def turn_of(model, prompts, batch: int, hows: list[Sampling]) -> list[Tally]:
 def row(model, prompts, batch: int, how: Sampling, turns: int) -> list[str]:
     """One line of the table."""
     hows = [dataclasses.replace(how, drafts=0, always=False), how]
-    turn_of(model, prompts, batch, hows)  # compiles
-    done = [turn_of(model, prompts, batch, hows) for _ in range(turns)]
+    done = [turn_of(model, prompts, batch, hows, turn) for turn in range(turns + 1)][1:]  # compiled
     speed = [p.seconds / p.tokens * d.tokens / d.seconds for p, d in done]
     plain, drafted = done[-1]
     a_pass = drafted.tokens / drafted.passes
@@ -81,7 +80,7 @@ def row(model, prompts, batch: int, how: Sampling, turns: int) -> list[str]:
         f"{drafted.accepted / max(drafted.drafted, 1):.0%}", f"{a_pass:.2f}",
         f"{1e3 * statistics.median(p.seconds for p, _ in done):.0f} ms",
         f"{statistics.median(speed):.2f} ({min(speed):.2f} to {max(speed):.2f})",
-        f"{took:.2f}, {expected:.2f}" if drafted.drafted else "none",
+        f"{took:.2f}, {expected:.2f}" if how.always else "",
         "" if how.temperature else "yes" if same else "NO",
     ]  # fmt: skip
 

@@ -152,7 +152,8 @@ def test_rounds_without_drafts_leave_nothing_out(patience, monkeypatch):
     monkeypatch.setattr(generating, "ROOM", 7)
     monkeypatch.setattr(generating, "SHORT", 3)
     model, prompts = tiny.model(tiny.model_config()), [[1, 2, 3, 4, 5], [6]]
-    sampling = Sampling(1.0, top_p=None, max_tokens=50, drafts=2, seed=3)
+    # An end of sequence that never comes: no other test's programs, which have other sizes.
+    sampling = Sampling(1.0, top_p=None, max_tokens=50, eos_ids=(2**20,), drafts=2, seed=3)
     generation = Generation(model, prompts, sampling, costs=Costs(0.3, 0.4))
     rows = [list(prompt) for prompt in prompts]
     for new in generation:
@@ -160,6 +161,7 @@ def test_rounds_without_drafts_leave_nothing_out(patience, monkeypatch):
     counts, session = generation.counts, generation._session
     assert 0 < counts.drafted < counts.passes / 2, "rounds of both kinds"
     d, length_B = session.drafter, np.asarray(session.cache.length_B)
+    assert d.next_BW.shape[1] == 7 + 3 < 50 / 2, "it has to catch up"
     done_B, pending_B = np.asarray(d.length_B), np.asarray(d.pending_B)
     np.testing.assert_array_equal(done_B + pending_B, length_B)
     whole = feed(model, rows, mtp=True)
