@@ -113,23 +113,26 @@ def test_rows_are_written_at_once_on_gpus(monkeypatch):
         np.testing.assert_array_equal(got, wanted)
 
 
-@pytest.mark.parametrize("drafts", [0, 2, "given up"])
-def test_writing_beyond_the_room_of_a_row_is_never_asked_for(drafts, monkeypatch):
+@pytest.mark.parametrize(
+    ("drafts", "costs"),
+    [(0, None), (2, generating.ALWAYS), (2, Costs(0.3, 0.4))],
+    ids=["none", "always", "given up"],
+)
+def test_writing_beyond_the_room_of_a_row_is_never_asked_for(drafts, costs, monkeypatch):
     """Generation to the last position of the model, in calls of a few tokens, caches as short as
     they may be."""
     monkeypatch.setattr(generating, "ROOM", 5)
     for module in (generating, feeding):
         monkeypatch.setattr(module, "bucket", lambda n: n)
     model = tiny.model(CONFIGS[0])
-    costs = Costs(0.3, 0.4) if drafts == "given up" else None
-    drafts, never = 2 if costs else drafts, (2**20,)  # ids of no token: programs of their own
-    how = dict(max_tokens=57, eos_ids=never, drafts=drafts, always=drafts > 0 and not costs)
+    # An end of sequence that never comes: no other test's programs, which have other sizes.
+    sampling = generating.Sampling(0.0, max_tokens=57, eos_ids=(2**20,), drafts=drafts)
     prompts, out = [[1, 2, 3, 4, 5, 6, 7], [3]], [[], []]
-    generation = generating.Generation(model, prompts, generating.Sampling(0.0, **how), costs=costs)
+    generation = generating.Generation(model, prompts, sampling, costs=costs)
     for new in generation:
         out = [row + tokens for row, tokens in zip(out, new, strict=True)]
-    counts = generation.counts
-    assert drafts == 0 or counts.drafted > 0 and (counts.drafted < counts.passes) == bool(costs)
+    drafted, passes = generation.counts.drafted, generation.counts.passes
+    assert (drafted > 0) == (drafts > 0) and (drafted > passes) == (costs == generating.ALWAYS)
     for prompt, row in zip(prompts, out, strict=True):
         rows = np.array([prompt + row[:-1]], np.int32)
         best = np.asarray(tiny.logits(model, *tiny.whole_rows(rows)))[0].argmax(-1)
