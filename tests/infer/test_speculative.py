@@ -123,7 +123,7 @@ def test_three_tokens_are_distributed_as_by_enumeration(temperature, top_p, draf
     ("drafts", "costs"),
     [
         (2, ALWAYS),
-        (3, Costs(0.0, 0.1)),
+        pytest.param(3, Costs(0.0, 0.1), marks=pytest.mark.slow),
         pytest.param(1, ALWAYS, marks=pytest.mark.slow),
         pytest.param(4, ALWAYS, marks=pytest.mark.slow),
         pytest.param(2, NEVER, marks=pytest.mark.slow),

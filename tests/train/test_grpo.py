@@ -206,14 +206,18 @@ def test_the_ratio_is_one_at_learning_rate_zero(temperature, top_p):
     assert other["sampler_error"] > 100 * FLOAT32
 
 
-@pytest.mark.parametrize("update", [ONE, MANY], ids=["one", "many"])
+QWEN2_BF16 = models.dense_config(qwen2=True, dtype="bfloat16")
+DEEPSEEK_BF16 = dataclasses.replace(tiny.DEEPSEEK, dtype="bfloat16")
+
+
 @pytest.mark.parametrize(
-    "cfg",
+    ("cfg", "update"),
     [
-        models.dense_config(qwen2=True, dtype="bfloat16"),
-        dataclasses.replace(tiny.DEEPSEEK, dtype="bfloat16"),
+        pytest.param(QWEN2_BF16, ONE, id="qwen2-one"),
+        pytest.param(DEEPSEEK_BF16, MANY, id="deepseek-many"),
+        pytest.param(QWEN2_BF16, MANY, id="qwen2-many", marks=pytest.mark.slow),
+        pytest.param(DEEPSEEK_BF16, ONE, id="deepseek-one", marks=pytest.mark.slow),
     ],
-    ids=["qwen2", "deepseek"],
 )
 def test_the_ratio_is_one_in_bfloat16(cfg, update):
     """Though the sampler, another program, rounds otherwise."""

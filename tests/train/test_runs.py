@@ -119,7 +119,7 @@ def test_grpo_leaves_a_model_and_is_not_run_twice(tmp_path, start):
         run_trainer(dataclasses.replace(grpo_run(start), seed=1), out)
 
 
-@pytest.mark.parametrize("critic", ["own", "shared"])
+@pytest.mark.parametrize("critic", ["own", pytest.param("shared", marks=pytest.mark.slow)])
 def test_ppo_leaves_a_policy_without_its_critic(tmp_path, start, critic):
     ppo = PPOConfig(
         steps=2, prompts=4, critic=critic, optim=FAST, value_optim=FAST, reward=BY_WORDS
