@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from r1jax.data.tokenizer import task_tokenizer
-from r1jax.infer.generate import Generation, Sampling, draft_costs
+from r1jax.infer.generate import Counts, Generation, Sampling, draft_costs
 from r1jax.io.hf_config import read_config
 from r1jax.nn.build import build
 from r1jax.nn.param import initialise
@@ -38,20 +38,15 @@ class Tally:
     """What a way of decoding has done in a turn."""
 
     seconds: float = 0.0
-    tokens: int = 0
-    passes: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    counts: Counts = Counts()
     answers: list = dataclasses.field(default_factory=list)
 
     def answer(self, model, rows, how: Sampling) -> None:
         """Answers these prompts too."""
-        began, generation, made = time.perf_counter(), Generation(model, rows, how), []
-        for new in generation:
-            made.append(new)
+        began, generation = time.perf_counter(), Generation(model, rows, how)
+        made = list(generation)
         self.seconds += time.perf_counter() - began
-        for name in ("tokens", "passes", "drafted", "accepted"):
-            setattr(self, name, getattr(self, name) + getattr(generation.counts, name))
+        self.counts = Counts(*map(sum, zip(self.counts, generation.counts, strict=True)))
         self.answers += [sum(parts, []) for parts in zip(*made, strict=True)]
 
 
@@ -69,15 +64,15 @@ def row(model, prompts, batch: int, how: Sampling, turns: int) -> list[str]:
     """One line of the table."""
     hows = [dataclasses.replace(how, drafts=0, always=False), how]
     done = [turn_of(model, prompts, batch, hows, turn) for turn in range(turns + 1)][1:]  # compiled
-    speed = [p.seconds / p.tokens * d.tokens / d.seconds for p, d in done]
+    speed = [p.seconds / p.counts.tokens * d.counts.tokens / d.seconds for p, d in done]
     plain, drafted = done[-1]
-    a_pass = drafted.tokens / drafted.passes
+    a_pass = drafted.counts.tokens_per_pass
     same = how.temperature > 0 or plain.answers == drafted.answers
     costs, took = draft_costs(model, batch), a_pass / statistics.median(speed)
     expected = 1 + costs.round + how.drafts * costs.draft
     return [
         f"{batch}", f"{how.temperature:g}", f"{how.drafts}",
-        f"{drafted.accepted / max(drafted.drafted, 1):.0%}", f"{a_pass:.2f}",
+        f"{drafted.counts.acceptance:.0%}", f"{a_pass:.2f}",
         f"{1e3 * statistics.median(p.seconds for p, _ in done):.0f} ms",
         f"{statistics.median(speed):.2f} ({min(speed):.2f} to {max(speed):.2f})",
         f"{took:.2f}, {expected:.2f}" if how.always else "",
