@@ -196,13 +196,11 @@ def _tiled(x_TD, index_TK, weight_TK, weights, bound):
 
 def _looped(x_TD, index_TK, weight_TK, weights):
     (t, k), (e, d, f) = index_TK.shape, weights[0].shape
-    # No weights are copied for a tile and only its last one is padded: tiles may be longer here.
-    tile_rows = tile(2 * t * k / e, 2 * d, 2 * f)
+    # No weights are copied for a tile here, many rows of one being a waste of padding only.
+    tile_rows = min(tile(t * k / e, d, f), TILES[0] * 2)
     where, span_E2 = tiled_slots(index_TK, e, tile_rows)
-    rows_IRD = laid_out(x_TD, where).reshape(-1, tile_rows, d)
-    weight_IR = weight_of(weight_TK, where).reshape(-1, tile_rows)
-    out = swiglu_tiles(rows_IRD, weight_IR, span_E2, weights)
-    return summed(out.reshape(-1, d), where)
+    rows_MD, weight_M = laid_out(x_TD, where), weight_of(weight_TK, where)
+    return summed(swiglu_tiles(rows_MD, weight_M, span_E2, weights, tile_rows), where)
 
 
 def _sort(index_TK: jax.Array, n_experts: int):

@@ -19,6 +19,7 @@ BFLOAT16 = 4e-2
 IMPLEMENTATIONS = ["ragged", "tiled", "looped", "dense"]
 D, F = 3, 4
 TILE = TILES[0]
+TILED = [15 * TILE - 3, 4 * TILE + 1, 5, 10 * TILE]
 
 
 # Assignments [T, K]; those of one shape share a compilation. T is no multiple of TILE.
@@ -27,6 +28,8 @@ CASES = {
     "all_to_two": lambda rng: np.tile([4, 1], (TILE + 3, 1)),
     "one_left_out": lambda rng: np.stack([rng.permutation(4)[:2] for _ in range(TILE + 3)]) + 1,
     "one_token": lambda rng: np.array([[3, 0]]),
+    # Tiles of each expert: 15, none, 5, 1 and 10, so that they go 8, 4, 2 and 1 at once.
+    "blocks": lambda rng: rng.permutation(np.repeat([0, 2, 3, 4], TILED))[:, None],
 }
 
 
