@@ -2,6 +2,7 @@
 """Multi-head latent attention: the weights, and which pure function uses them when."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from r1jax.config import MLAConfig, RopeConfig
@@ -71,7 +72,7 @@ class MLA(nnx.Module):
         else:
             q = self.q_norm(project("btd,dq->btq", x_BTD, self.w_dq, self.fp8))
             q = project("btq,qhk->bthk", q, self.w_uq, self.fp8)
-        q_nope_BTHK, q_rope_BTHR = q[..., : self.nope_dim], q[..., self.nope_dim :]
+        q_nope_BTHK, q_rope_BTHR = jnp.split(q, [self.nope_dim], axis=-1)
         cos, sin = rotation
         return q_nope_BTHK, rotate_interleaved(q_rope_BTHR, cos[:, :, None], sin[:, :, None])
 

@@ -74,9 +74,17 @@ def laid_out(x_TD: jax.Array, where: Slots) -> jax.Array:
 def summed(x_SD: jax.Array, where: Slots) -> jax.Array:
     """[S, D] → [T, D]: the sum of each token's rows, in float32."""
     slot_KT = where.slot_TK.T  # K first: TPUs sum such up without another copy
+    if jax.default_backend() == "cpu":  # one kernel, where all rows together are written first
+        total_TD = sum(_row(x_SD, slot_T).astype(jnp.float32) for slot_T in slot_KT)
+        return total_TD.astype(x_SD.dtype)
     row_KTD = x_SD.at[slot_KT].get(mode="clip")
     there_KT1 = (slot_KT < len(x_SD))[:, :, None]
     return jnp.where(there_KT1, row_KTD, 0).sum(0, dtype=jnp.float32).astype(x_SD.dtype)
+
+
+def _row(x_SD: jax.Array, slot_T: jax.Array) -> jax.Array:
+    there_T1 = (slot_T < len(x_SD))[:, None]
+    return jnp.where(there_T1, x_SD.at[slot_T].get(mode="clip"), 0)
 
 
 def _summed_backward(where: Slots, given):

@@ -60,7 +60,7 @@ def _forward(x: Operands, mask_BTS, scale, causal):
             piece = Operands(q[:, t], q_rope[:, t], k[:, s], k_rope[s], v[:, s])
             found.append(_attended(piece, mask_TS[t, s], scale))
         out, *kept = zip(*found, strict=True)
-        return _heads(jnp.concatenate(out, 1)), kept
+        return jnp.concatenate([*map(_heads, out)]), kept
 
     out_BTHV, kept = jax.lax.map(row, (x, mask_BTS))
     return out_BTHV, (x, mask_BTS, out_BTHV, kept)
@@ -90,9 +90,10 @@ def _backward(scale, causal, residuals, given_BTHV):
             own, more = _slopes(operands, (mask_TS[t, s], e, total), out[:, t], given[:, t], scale)
             of_queries.append(own)
             of_keys = more if of_keys is None else jax.tree.map(_onto, of_keys, more)
-        d_q, d_q_rope = (jnp.concatenate(d, 1) for d in zip(*of_queries, strict=True))
+        whole = lambda pieces: jnp.concatenate([*map(_heads, pieces)])  # noqa: E731
+        d_q, d_q_rope = map(whole, zip(*of_queries, strict=True))
         d_k, d_k_rope, d_v = of_keys
-        slopes = Operands(*map(_heads, (d_q, d_q_rope, d_k)), d_k_rope, _heads(d_v))
+        slopes = Operands(d_q, d_q_rope, _heads(d_k), d_k_rope, _heads(d_v))
         return jax.tree.map(lambda d, x: d.astype(x.dtype), slopes, x)
 
     return jax.lax.map(row, (residuals, given_BTHV)), None

@@ -69,12 +69,30 @@ def test_value_and_gradients_are_those_of_quantised_operands(name, recipe):
     assert 1e-3 < error / np.linalg.norm(unquantised) < 6e-2  # E4M3 it is, and no more is lost
 
 
-def test_without_a_recipe_it_is_an_einsum():
-    x, w = drawn(0, (2, 3, 6), (6, 2, 2))
+@pytest.mark.parametrize(
+    ("equation", "x_shape", "w_shape"),
+    [
+        ("btd,dhk->bthk", (2, 3, 6), (6, 2, 2)),
+        ("bthv,hvd->btd", (2, 3, 2, 4), (2, 4, 5)),
+        ("...d,df->...f", (3, 6), (6, 4)),
+        ("btd,df->btf", (2, 0, 6), (6, 4)),
+    ],
+)
+def test_without_a_recipe_it_is_an_einsum(equation, x_shape, w_shape, monkeypatch):
+    """Where it is written as matrices, with its gradients; elsewhere it is one as it stands."""
+    x, w = drawn(0, x_shape, w_shape)
+    plain = lambda x, w: jnp.einsum(equation, x, w.astype(x.dtype))  # noqa: E731
+    ours = lambda x, w: linear(equation, x, w, None)  # noqa: E731
     for dtype in (jnp.float32, jnp.bfloat16):
-        ours = jax.make_jaxpr(lambda x, w: linear("btd,dhk->bthk", x, w, None))(x.astype(dtype), w)
-        plain = lambda x, w: jnp.einsum("btd,dhk->bthk", x, w.astype(x.dtype))  # noqa: E731
-        assert str(ours) == str(jax.make_jaxpr(plain)(x.astype(dtype), w))
+        want, back = jax.vjp(plain, x.astype(dtype), w)
+        got, ours_back = jax.vjp(ours, x.astype(dtype), w)
+        for a, b in zip((got, *ours_back(want)), (want, *back(want)), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(*(np.float32(v) for v in (a, b)), rtol=1e-2, atol=1e-5)
+            if dtype == jnp.float32:
+                np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert str(jax.make_jaxpr(ours)(x, w)) == str(jax.make_jaxpr(plain)(x, w))
 
 
 @pytest.mark.parametrize("equation", ["btd,cd->btc", "btd,dc->cbt", "dbt,dc->btc", "bt,c->btc"])
