@@ -5,8 +5,8 @@
 `tiled`:  tokens sorted by expert, each expert's rows padded to whole tiles, one batched matmul over
           (tile, its expert's weights). For CPUs, where `ragged_dot` multiplies every row by every
           expert.
-`looped`: the same tiles one after another, an expert's weights read where they lie. For CPUs when
-          an expert is large.
+`looped`: short tiles, up to eight of an expert at once, its weights read where they lie. For CPUs
+          when an expert is large.
 `dense`:  every expert on every token as two wide matmuls, unchosen ones weighed by zero. For CPUs
           when an expert gets few rows: E/K times the arithmetic, but neither sort nor gather.
 None drops a token at any load. `experiments/bench_experts.py` measures them.
@@ -196,8 +196,8 @@ def _tiled(x_TD, index_TK, weight_TK, weights, bound):
 
 def _looped(x_TD, index_TK, weight_TK, weights):
     (t, k), (e, d, f) = index_TK.shape, weights[0].shape
-    # No weights are copied for a tile here, many rows of one being a waste of padding only.
-    tile_rows = min(tile(t * k / e, d, f), TILES[0] * 2)
+    # Short: no weights are copied for a tile here, and several are multiplied at once.
+    tile_rows = min(tile(t * k / e, d, f), 64)
     where, span_E2 = tiled_slots(index_TK, e, tile_rows)
     rows_MD, weight_M = laid_out(x_TD, where), weight_of(weight_TK, where)
     return summed(swiglu_tiles(rows_MD, weight_M, span_E2, weights, tile_rows), where)

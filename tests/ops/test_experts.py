@@ -168,7 +168,8 @@ def test_a_tile_grows_with_the_weights_it_copies_and_the_rows_there_are(
 
 
 def test_large_tiles_are_the_dense_sum():
-    """Weights of 256 × 128 and 600 rows an expert take tiles of 128 rows; one expert gets none."""
+    """Weights of 256 × 128 and 600 rows an expert take tiles of 128 rows, `looped` of 64, eight and
+    four at once; one expert gets none."""
     rng = np.random.default_rng(0)
     t, d, f, e = 1200, 256, 128, 4
     assert tile(t * 2 / e, d, f) == 128
