@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.chips import present
+
 BLOCK = 512  # tokens of the inner level of a running sum
 
 
@@ -74,7 +76,7 @@ def laid_out(x_TD: jax.Array, where: Slots) -> jax.Array:
 def summed(x_SD: jax.Array, where: Slots) -> jax.Array:
     """[S, D] → [T, D]: the sum of each token's rows, in float32."""
     slot_KT = where.slot_TK.T  # K first: TPUs sum such up without another copy
-    if jax.default_backend() == "cpu":  # one kernel, where all rows together are written first
+    if len(slot_KT) and present()[0] == "cpu":  # one kernel, in place of all rows and their sum
         total_TD = sum(_row(x_SD, slot_T).astype(jnp.float32) for slot_T in slot_KT)
         return total_TD.astype(x_SD.dtype)
     row_KTD = x_SD.at[slot_KT].get(mode="clip")

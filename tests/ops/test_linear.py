@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers in FP8 against numpy in float64; without a recipe they are an einsum."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from r1jax.ops import linear as module
 from r1jax.ops.attention import LatentPart, causal_mask, mla_absorbed, mla_naive
 from r1jax.ops.experts import fp8_experts
 from r1jax.ops.linear import FP8, linear, rounded, seen
@@ -76,6 +79,7 @@ def test_value_and_gradients_are_those_of_quantised_operands(name, recipe):
         ("bthv,hvd->btd", (2, 3, 2, 4), (2, 4, 5)),
         ("...d,df->...f", (3, 6), (6, 4)),
         ("btd,df->btf", (2, 0, 6), (6, 4)),
+        ("btd,df->btf", (2, 3, 0), (0, 4)),
     ],
 )
 def test_without_a_recipe_it_is_an_einsum(equation, x_shape, w_shape, monkeypatch):
@@ -91,8 +95,26 @@ def test_without_a_recipe_it_is_an_einsum(equation, x_shape, w_shape, monkeypatc
             np.testing.assert_allclose(*(np.float32(v) for v in (a, b)), rtol=1e-2, atol=1e-5)
             if dtype == jnp.float32:
                 np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(module, "present", lambda: ("tpu", "TPU v5"))
     assert str(jax.make_jaxpr(ours)(x, w)) == str(jax.make_jaxpr(plain)(x, w))
+
+
+@pytest.mark.parametrize("in_force", [True, False])
+@pytest.mark.parametrize("kinds", ["explicit", "auto", "mixed"])
+def test_rows_that_a_mesh_cuts_stay_where_they_are(kinds, in_force):
+    """No reshape puts an axis that is cut together with another."""
+    explicit, auto = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
+    types = {"explicit": (explicit,) * 2, "auto": (auto,) * 2, "mixed": (explicit, auto)}[kinds]
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+    x, w = drawn(1, (2, 8, 6), (6, 2, 4))
+    cut = jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, "data")))
+    run = jax.jit(lambda x: linear("btd,dhk->bthk", x, w, None))
+    with jax.set_mesh(mesh) if in_force else contextlib.nullcontext():
+        compiled = run.lower(cut).compile()
+        out = compiled(cut)
+    assert "all-gather" not in compiled.as_text()
+    assert out.sharding.spec[1] == "data"
+    np.testing.assert_allclose(out, jnp.einsum("btd,dhk->bthk", x, w), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("equation", ["btd,cd->btc", "btd,dc->cbt", "dbt,dc->btc", "bt,c->btc"])
