@@ -85,6 +85,7 @@ def summed(x_SD: jax.Array, where: Slots) -> jax.Array:
 
 
 def _row(x_SD: jax.Array, slot_T: jax.Array) -> jax.Array:
+    """[T, D]: the row in each token's slot, zeros where it has none."""
     there_T1 = (slot_T < len(x_SD))[:, None]
     return jnp.where(there_T1, x_SD.at[slot_T].get(mode="clip"), 0)
 
