@@ -7,7 +7,7 @@
 The first prints for each op and shape: time, TFLOP/s or GB/s, the share of the roofline bound
 max(FLOPs / peak, bytes / bandwidth) that was reached, XLA's own time for the same result in
 bfloat16, and the relative error against float64 of a corner of the result. The second measures the
-tiles of a TPU kernel and writes the best into `tuned/<chip>.json`, which `tuning` reads.
+tiles of a TPU's or GPU's kernel and writes the best into `tuned/<chip>.json`, which `tuning` reads.
 """
 
 import argparse
@@ -75,7 +75,9 @@ def tune(op: str, shape: str, backend: Backend, repeats: int) -> tuple[tuning.Ti
     """
     named, make = cases.OPS[op]
     case = make(named[shape])
-    name, dims, candidates = case.tiles
+    if (choices := case.gpu_tiles if backend.name == "gpu" else case.tiles) is None:
+        raise Unsupported(f"{op} has no tiles to choose on a GPU")
+    name, dims, candidates = choices
     best: tuple[float, tuning.Tiles] | None = None
     for tiles in candidates:
         one = Backend(backend.name, backend.chip, interpret=backend.interpret, tiles=tiles)
@@ -140,6 +142,11 @@ def chosen(ops: list[str] | None, names: list[str] | None) -> list[tuple[str, st
     return [(op, name) for op in ops for name in names if name in cases.OPS[op][0]]
 
 
+def _kernels() -> str | None:
+    """Whose tiles to choose: a TPU's where there is neither chip, which says what is missing."""
+    return "gpu" if chips.present()[0] in ("gpu", "cuda") else "tpu"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 nothing could run, 2 wrong arguments."""
     options = parser().parse_args(argv)
@@ -148,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
             jax.config.update("jax_default_device", jax.devices(options.device)[0])
         pairs = chosen(options.op, options.shape)
         if options.verb == "tune":
-            backend = dispatch.resolve(options.implementation or "tpu")
+            backend = dispatch.resolve(options.implementation or _kernels())
             found = [(*p, *tune(*p, backend, options.repeats)) for p in pairs]
             rows = [dict(op=o, shape=s, tiles=t, ms=took * 1e3) for o, s, t, took in found]
             print(json.dumps(rows, indent=1))

@@ -27,6 +27,13 @@ def matmul(sizes: tuple[int, int, int], block: int, itemsize: int) -> Iterator[T
                     yield tm, tn, tk
 
 
+def hopper() -> Iterator[Tiles]:
+    """(warpgroups, pieces, stages, width, cluster) of `pallas_kernels.hopper.Plan`."""
+    for warpgroups, stages in ((3, 4), (2, 5)):
+        for width in (8, 16):
+            yield from ((warpgroups, 1, stages, width, cluster) for cluster in (1, 2))
+
+
 def head(m: int, n: int) -> Iterator[Tiles]:
     """(tokens, columns) of a tile of logits."""
     for tm in (256, 512, 1024, 2048):

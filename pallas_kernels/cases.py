@@ -13,7 +13,7 @@ from pallas_kernels import candidates, chips, shapes
 from pallas_kernels.causal_attention import causal_attention
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_fprop
-from pallas_kernels.fp8_matmul import fp8_fprop
+from pallas_kernels.fp8_matmul import fp8_dgrad, fp8_fprop, fp8_wgrad
 from pallas_kernels.fp8_quantize import quantize_blocks, quantize_tiles
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.mla_decode import PagedLatents, mla_decode
@@ -38,7 +38,8 @@ class Case:
         flops: of the matmul, 0 where memory is the only bound.
         traffic: bytes that must be read and written.
         bits: of the operands of the matmul.
-        tiles: (op, dims, candidates) for the tuner; no candidates: nothing to choose.
+        tiles: (op, dims, candidates) for the tuner of a TPU.
+        gpu_tiles: the same for a GPU; None: nothing to choose.
     """
 
     arrays: tuple
@@ -50,6 +51,7 @@ class Case:
     traffic: float
     bits: int
     tiles: tuple[str, dict[str, int], tuple[Tiles, ...]]
+    gpu_tiles: tuple[str, dict[str, int], tuple[Tiles, ...]] | None = None
 
 
 def fp8_quantize(shape: shapes.Matmul) -> Case:
@@ -72,24 +74,76 @@ def fp8_quantize(shape: shapes.Matmul) -> Case:
 
 def fp8_matmul(shape: shapes.Matmul) -> Case:
     """The forward product of quantised operands, beside XLA's bfloat16 matmul."""
-    m, k, n = shape
-    n = n // BLOCK * BLOCK
+    m, k, n = _whole(shape)
     x, w = _normal(0, m, k).astype(jnp.bfloat16), _normal(1, k, n).astype(jnp.bfloat16)
     qx, qw = quantize_tiles(x), quantize_blocks(w)
+    return _product(
+        (m, k, n),
+        (qx, qw),
+        lambda i: lambda x, w: fp8_fprop(x, w, implementation=i),
+        (x, w),
+        _of_tiles(qx, CORNER) @ _of_blocks(qw.values, qw.scale),
+        kind=0,
+    )
+
+
+def fp8_input_gradient(shape: shapes.Matmul) -> Case:
+    """[M, N] of weights that lie [N, K]: `fp8_dgrad`, and what checkpoints' weights take."""
+    m, k, n = _whole(shape)
+    dy, w = _normal(0, m, k).astype(jnp.bfloat16), _normal(1, n, k).astype(jnp.bfloat16)
+    qdy, qw = quantize_tiles(dy), quantize_blocks(w)
+    rows = np.float64(qw.values[:CORNER]) * np.repeat(np.float64(qw.scale[:1]), BLOCK, 1)
+    return _product(
+        (m, k, n),
+        (qdy, qw),
+        lambda i: lambda dy, w: fp8_dgrad(dy, w, implementation=i),
+        (dy, w.T),
+        _of_tiles(qdy, CORNER) @ rows.T,
+        kind=1,
+    )
+
+
+def fp8_weight_gradient(shape: shapes.Matmul) -> Case:
+    """[M, N] float32 over K tokens, both operands in tiles along them: `fp8_wgrad`."""
+    m, k, n = _whole(shape)
+    xt, dyt = (_normal(i, size, k).astype(jnp.bfloat16) for i, size in enumerate((m, n)))
+    qx, qdy = quantize_tiles(xt), quantize_tiles(dyt)
+    return _product(
+        (m, k, n),
+        (qx, qdy),
+        lambda i: lambda x, dy: fp8_wgrad(x, dy, implementation=i),
+        (xt, dyt.T),
+        _of_tiles(qx, CORNER) @ _of_tiles(qdy, CORNER).T,
+        kind=2,
+    )
+
+
+def _whole(shape: shapes.Matmul) -> tuple[int, int, int]:
+    m, k, n = shape
+    return m, k, n // BLOCK * BLOCK
+
+
+def _product(sizes, arrays, call, plain, truth, *, kind: int) -> Case:
+    """fprop, dgrad or wgrad (kind 0, 1, 2) beside XLA's bfloat16 matmul."""
+    (m, k, n), wide = sizes, 4 if kind == 2 else 2
+    dims = dict(m=m, n=n, k=k, b=BLOCK)
     return Case(
-        arrays=(qx, qw),
-        call=lambda i: lambda x, w: fp8_fprop(x, w, implementation=i),
-        xla=lambda x, w: jnp.dot(x, w),
-        xla_arrays=(x, w),
-        truth=_of_tiles(qx, CORNER) @ _of_blocks(qw.values, qw.scale),
+        arrays=arrays,
+        call=call,
+        xla=jnp.dot,
+        xla_arrays=plain,
+        truth=truth,
         flops=2 * m * k * n,
-        traffic=m * k + k * n + 2 * m * n,
+        traffic=m * k + k * n + wide * m * n,
         bits=8,
+        # A TPU's kernel has one key for both that have the contraction last in b, Hopper's for both
+        # whose b has a scale a block.
         tiles=(
             "fp8_matmul",
-            dict(m=m, n=n, k=k, b=BLOCK, t=0),
+            dict(dims, t=min(kind, 1)),
             tuple(candidates.matmul((m, n, k), BLOCK, 1)),
         ),
+        gpu_tiles=("fp8_matmul", dict(dims, t=max(kind, 1)), tuple(candidates.hopper())),
     )
 
 
@@ -250,6 +304,8 @@ def decode(shape: shapes.Decode) -> Case:
 OPS: dict[str, tuple[dict[str, Any], Callable[[Any], Case]]] = {
     "fp8_quantize": (shapes.MATMUL, fp8_quantize),
     "fp8_matmul": (shapes.MATMUL, fp8_matmul),
+    "fp8_dgrad": (shapes.MATMUL, fp8_input_gradient),
+    "fp8_wgrad": (shapes.MATMUL, fp8_weight_gradient),
     "grouped_matmul": (shapes.GROUPED, grouped),
     "fp8_grouped_matmul": (shapes.GROUPED, fp8_grouped),
     "softmax_xent": (shapes.HEAD, head),

@@ -186,8 +186,11 @@ def drain(fetched: jax.Array, plan: Plan, scratch: Scratch) -> None:
 
 def products(
     sb_gmem: Any, steps: tuple, plan: Plan, scratch: Scratch, *, within: tuple | None = None
-) -> tuple[jax.Array, ...]:
-    """This warpgroup's pieces [64, COLUMNS] of a result, float32 in registers.
+) -> tuple[tuple[jax.Array, ...], ...]:
+    """This warpgroup's pieces [64, COLUMNS] of a result, each as parts of its columns.
+
+    They are float32 in registers. Parts are as wide as what leaves at once, so that scales of some
+    columns need registers at a time; with one scale for all columns, a piece is one part.
 
     Args:
         sb_gmem: [K / b] scales of b, read here if `one_scale`.
@@ -207,14 +210,15 @@ def products(
             _clear(stage, [bound - i * STEP for bound in within], plan, scratch)
         ahead = scale_of(jnp.minimum(i + 1, count - 1))  # it comes from main memory
         totals = tuple(
-            _added(total, piece, stage, sb, plan=plan, scratch=scratch)
-            for piece, total in enumerate(totals)
+            _added(parts, piece, stage, sb, plan=plan, scratch=scratch)
+            for piece, parts in enumerate(totals)
         )
         plgpu.barrier_arrive(scratch.used.at[stage])
         return totals, ahead
 
-    zero = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), plgpu.Layout.WGMMA)
-    start = (zero,) * plan.pieces, scale_of(jnp.int32(0))
+    width = COLUMNS if plan.one_scale else scratch.o_smem.shape[-1]
+    zero = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
+    start = ((zero,) * (COLUMNS // width),) * plan.pieces, scale_of(jnp.int32(0))
     return jax.lax.fori_loop(0, count, step, start)[0]
 
 
@@ -234,31 +238,48 @@ def _clear(stage, within, plan, scratch) -> None:
         plgpu.commit_smem()
 
 
-def _added(total, piece, stage, sb, *, plan, scratch):
-    """`total` plus one partial sum of a piece, scaled."""
+def _added(parts, piece, stage, sb, *, plan, scratch):
+    """The parts of a piece plus its partial sums, scaled."""
     rows = pl.ds((jax.lax.axis_index("wg") * plan.pieces + piece) * ROWS, ROWS)
-    spread = lambda x, axis: jax.lax.broadcast_in_dim(x, (ROWS, COLUMNS), (axis,))  # noqa: E731
+    width = parts[0].shape[1]
+    spread = lambda x, axis: jax.lax.broadcast_in_dim(x, (ROWS, width), (axis,))  # noqa: E731
 
     def product(acc_ref):
         b = _compat.transposed(scratch.b_smem.at[stage])
         plgpu.wgmma(acc_ref, scratch.a_smem.at[stage, rows], b)
         sa = _compat.load(scratch.sa_smem.at[stage, rows], plgpu.Layout.WGMMA.reduce(1))
+        return acc_ref[...], sa
+
+    def scale(column):
         if plan.one_scale:
-            return acc_ref[...], spread(sa * sb, 0)
-        columns = _compat.load(scratch.sb_smem.at[stage], plgpu.Layout.WGMMA.reduce(0))
-        return acc_ref[...], spread(sa, 0) * spread(columns, 1)
+            return spread(sa * sb, 0)
+        columns = scratch.sb_smem.at[stage, pl.ds(column, width)]
+        return spread(sa, 0) * spread(_compat.load(columns, plgpu.Layout.WGMMA.reduce(0)), 1)
 
-    partial, scale = pl.run_scoped(product, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
-    return total + partial * scale
+    partial, sa = pl.run_scoped(product, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
+    columns = range(0, COLUMNS, width)
+    return tuple(
+        part + partial[:, column : column + width] * scale(column)
+        for part, column in zip(parts, columns, strict=True)
+    )
 
 
-def store(totals: Sequence[jax.Array], place: Callable[[int], Any], scratch: Scratch) -> None:
+def store(
+    totals: Sequence[Sequence[jax.Array]], place: Callable[[int], Any], scratch: Scratch
+) -> None:
     """This warpgroup's pieces through shared memory to place(piece), [64, COLUMNS]."""
     own = scratch.o_smem.at[jax.lax.axis_index("wg")]
     width = own.shape[-1]
-    for piece, total in enumerate(totals):
+    for piece, parts in enumerate(totals):
         for column in range(0, COLUMNS, width):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            own[...] = total[:, column : column + width].astype(own.dtype)
+            own[...] = columns_of(parts, column, width).astype(own.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own, place(piece).at[:, pl.ds(column, width)])
+
+
+def columns_of(parts: Sequence[jax.Array], column: int, width: int) -> jax.Array:
+    """[64, width] of a piece from a column on."""
+    each = parts[0].shape[1]
+    begin = column % each
+    return parts[column // each][:, begin : begin + width]

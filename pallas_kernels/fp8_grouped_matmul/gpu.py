@@ -203,7 +203,7 @@ def _kernel(count_gmem, pieces_gmem, *refs, plan, block, **scratch):
         plgpu.wait_smem_to_gmem(0)
 
 
-def _store_few(total, o_gmem, where, scratch) -> None:
+def _store_few(parts, o_gmem, where, scratch) -> None:
     """`rows` of a piece from `skip` on: a transfer for each power of two in their number.
 
     All are multiples of ALIGNED_ROWS, as parts of what lies in shared memory have to be.
@@ -213,7 +213,7 @@ def _store_few(total, o_gmem, where, scratch) -> None:
     width = own.shape[-1]
     for column in range(0, COLUMNS, width):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        own[...] = total[:, column : column + width].astype(own.dtype)
+        own[...] = hopper.columns_of(parts, column, width).astype(own.dtype)
         plgpu.commit_smem()
         at, size = skip, ROWS // 2
         while size >= ALIGNED_ROWS:

@@ -38,12 +38,11 @@ def _matmul(a, b, block, dtype, *, backend, one_scale):
     """a[M, K] b[N, K]ᵀ; a in tiles, b in tiles or (`one_scale`) in blocks."""
     hopper.check_block(block)
     m, n, k = len(a.values), len(b.values), a.values.shape[1]
-    # A scale for each column takes registers that a third warpgroup would not leave.
     chosen = tuning.choose(
         "fp8_matmul",
         dict(m=m, n=n, k=k, b=block, t=2 - one_scale),
         backend,
-        lambda: (3, 1, 4, 8, 2) if one_scale and m > 192 else (2, 2, 3, 8, 1),
+        lambda: (3, 1, 4, 8, 1 + one_scale) if m > 192 else (2, 2, 3, 8, 1),
     )
     plan = Plan(*chosen, block // STEP, one_scale)
     if backend.interpret:

@@ -45,8 +45,12 @@ def test_the_tuner_writes_what_tuning_reads(tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("op", cases.OPS)
-def test_the_tuner_writes_under_the_key_the_op_looks_up(op, monkeypatch):
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [(op, SIMULATED) for op in cases.OPS]
+    + [(op, Backend("gpu", "h100")) for op in ("fp8_matmul", "fp8_dgrad", "fp8_wgrad")],
+)
+def test_the_tuner_writes_under_the_key_the_op_looks_up(op, backend, monkeypatch):
     asked = []
 
     def choose(name, dims, backend, heuristic):
@@ -56,8 +60,8 @@ def test_the_tuner_writes_under_the_key_the_op_looks_up(op, monkeypatch):
     monkeypatch.setattr(tuning, "choose", choose)
     named, make = cases.OPS[op]
     case = make(named["tiny"])
-    bench.jax.eval_shape(case.call(SIMULATED), *case.arrays)
-    name, dims, _ = case.tiles
+    bench.jax.eval_shape(case.call(backend), *case.arrays)
+    name, dims, _ = case.gpu_tiles if backend.name == "gpu" else case.tiles
     assert asked == [(name, tuning.key(dims))]
 
 
