@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The routed experts' feed-forward network, dropless, in four equal implementations.
 
-`ragged`: tokens sorted by expert, `jax.lax.ragged_dot`. What accelerators run.
+`ragged`: tokens sorted by expert, `jax.lax.ragged_dot`. What TPUs run.
 `tiled`:  tokens sorted by expert, each expert's rows padded to whole tiles, one batched matmul over
-          (tile, its expert's weights). For CPUs, where `ragged_dot` multiplies every row by every
-          expert.
+          (tile, its expert's weights). For CPUs and GPUs, where XLA's `ragged_dot` multiplies every
+          row by every expert.
 `looped`: short tiles, up to eight of an expert at once, its weights read where they lie. For CPUs
           when an expert is large.
-`dense`:  every expert on every token as two wide matmuls, unchosen ones weighed by zero. For CPUs
+`dense`:  every expert on every token as two wide matmuls, unchosen ones weighed by zero. For both
           when an expert gets few rows: E/K times the arithmetic, but neither sort nor gather.
 None drops a token at any load. `experiments/bench_experts.py` measures them.
 """
@@ -15,6 +15,7 @@ None drops a token at any load. `experiments/bench_experts.py` measures them.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import chips
 from pallas_kernels.fp8_grouped_matmul import fp8_grouped_linear
 from r1jax.ops.deal import laid_out, slots, summed, weight_of
 from r1jax.ops.linear import FP8
@@ -22,9 +23,9 @@ from r1jax.ops.mlp import gated
 from r1jax.ops.tiles import swiglu_tiles, tile_experts, tiled_slots
 
 TILES = (32, 128)  # fewest and most rows of a tile
-# `dense` reads the weights of experts where they lie, not as one matrix, up to FEW tokens and from
-# LARGE values an expert, from which on `looped` is faster than `tiled` too. Alone, 8 tokens: 0.8
-# against 1.5 ms at D 256 and F 128, but 0.19 against 0.10 ms at 64 and 64.
+# `dense` reads the weights of experts where they lie, not as one matrix, from LARGE values an
+# expert on (from which `looped` is faster than `tiled` too), on CPUs up to FEW tokens. Alone, 8
+# tokens: 0.8 against 1.5 ms at D 256 and F 128, but 0.19 against 0.10 ms at 64 and 64.
 FEW, LARGE = 16, 2**14
 
 
@@ -42,16 +43,17 @@ def tile(rows_per_expert: float, d: int, f: int) -> int:
 
 def choose(n_tokens: int, k: int, n_experts: int, backend: str, *, values: int = 0) -> str:
     """The implementation to run: by measurement, `experiments/log/002_experts_on_cpu.md` and
-    `006_models_beside_transformers.md`.
+    `006_models_beside_transformers.md`; on GPUs by what is compiled, `019_hopper.md`.
 
     Args:
+        backend: the platform compiled for, "cpu", "gpu" or "tpu".
         values: of one of an expert's matrices, where all T·K pairs are here; else 0.
     """
-    if backend != "cpu":
+    if backend == "tpu":
         return "ragged"
     if n_tokens * k / n_experts < 2 * TILES[0]:
         return "dense"
-    return "looped" if values >= LARGE else "tiled"
+    return "looped" if backend == "cpu" and values >= LARGE else "tiled"
 
 
 def experts(
@@ -82,8 +84,8 @@ def experts(
     n_experts, d, f = weights[0].shape
     if implementation is None:
         values = d * f if rows is None else 0
-        backend = jax.default_backend()
-        implementation = choose(*index_TK.shape, n_experts, backend, values=values)
+        platform = chips.present()[0]
+        implementation = choose(*index_TK.shape, n_experts, platform, values=values)
     weights = tuple(w.astype(x_TD.dtype) for w in weights)
     if implementation == "dense":
         return _dense(x_TD, index_TK, weight_TK, weights)
@@ -128,7 +130,7 @@ def _dense(x_TD, index_TK, weight_TK, weights):
     e, d, f = w_gate_EDF.shape
     gate_TE = (jax.nn.one_hot(index_TK, e, dtype=jnp.float32) * weight_TK[..., None]).sum(1)
     wide = lambda w: w.transpose(1, 0, 2).reshape(d, e * f)  # noqa: E731
-    if len(x_TD) <= FEW and d * f >= LARGE:
+    if (len(x_TD) <= FEW or chips.present()[0] != "cpu") and d * f >= LARGE:
         x_ETD = jnp.broadcast_to(x_TD, (e, *x_TD.shape))
         up = lambda w: jnp.einsum("etd,edf->etf", x_ETD, w).swapaxes(0, 1)  # noqa: E731
     else:

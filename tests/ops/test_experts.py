@@ -119,7 +119,9 @@ def test_dtype_follows_the_tokens(implementation):
 
 
 def test_choice_of_implementation():
-    assert choose(2048, 2, 16, "tpu") == choose(1, 8, 256, "gpu") == "ragged"
+    assert choose(2048, 2, 16, "tpu") == choose(1, 8, 256, "tpu") == "ragged"
+    assert choose(1, 8, 256, "gpu") == "dense"
+    assert choose(4096, 8, 256, "gpu", values=LARGE) == "tiled"  # a loop is a launch a round
     assert choose(64, 2, 8, "cpu") == "dense"  # few rows an expert
     assert choose(1, 8, 256, "cpu") == "dense"  # decoding: tiles would be empty
     assert choose(4096, 8, 256, "cpu") == "tiled"
