@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.causal_attention import causal_attention, causal_mask
 from pallas_kernels.causal_attention.ref import attend
+from pallas_kernels.chips import present
 from r1jax.ops.linear import FP8, linear
 from r1jax.ops.rowwise import Operands, attend_rows
 
@@ -112,7 +113,7 @@ def mla_naive(
         w_uv_CHV: [C, H, V] value up-projection.
         scale: softmax scale, (K + R)^-0.5 times YaRN's m².
         fp8: of the two up-projections, as in `linear`; attention itself is not quantised.
-        backend: that it is compiled for; None: `jax.default_backend()`.
+        backend: that it is compiled for; None: of the mesh in force or the default.
 
     Returns:
         [B, T, H, V] in q's dtype; logits and softmax are float32.
@@ -120,7 +121,7 @@ def mla_naive(
     dtype = q_nope_BTHK.dtype
     k_BSHK = linear("bsc,chk->bshk", part.c_PSC, w_uk_CHK, fp8)
     v_BSHV = linear("bsc,chv->bshv", part.c_PSC, w_uv_CHV, fp8)
-    if _by_rows(q_nope_BTHK, k_BSHK, backend or jax.default_backend()):
+    if _by_rows(q_nope_BTHK, k_BSHK, backend or present()[0]):
         x = Operands(q_nope_BTHK, q_rope_BTHR, k_BSHK, part.k_rope_PSR, v_BSHV)
         causal = isinstance(part.sight, Causal) and part.sight.keys_BS is None
         return attend_rows(x, part.mask_BTS, scale, causal)

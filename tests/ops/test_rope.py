@@ -3,12 +3,14 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from r1jax.ops import rope
 from r1jax.ops.rope import (
     inverse_frequencies,
     llama3_frequencies,
@@ -140,3 +142,14 @@ def test_mscale():
     assert yarn_mscale(40.0, 1.0) == pytest.approx(1.3688879454)
     assert yarn_mscale(40.0, 0.707) == pytest.approx(1.2608037774, abs=1e-9)
     assert yarn_mscale(1.0, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 5, 3, 8)])
+def test_halves_turn_alike_on_every_platform(shape, monkeypatch):
+    x, angle = (jax.random.normal(jax.random.key(i), n) for i, n in enumerate((shape, (5, 4))))
+    angle = angle if len(shape) == 2 else angle[:, None]
+    got = []
+    for platform in ("cpu", "tpu"):
+        monkeypatch.setattr(rope, "present", lambda platform=platform: (platform, "any"))
+        got.append(rotate_half(x, jnp.cos(angle), jnp.sin(angle)))
+    np.testing.assert_allclose(*got, rtol=FLOAT32, atol=FLOAT32)
