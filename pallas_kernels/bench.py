@@ -142,7 +142,7 @@ def chosen(ops: list[str] | None, names: list[str] | None) -> list[tuple[str, st
     return [(op, name) for op in ops for name in names if name in cases.OPS[op][0]]
 
 
-def _kernels() -> str | None:
+def _kernels() -> str:
     """Whose tiles to choose: a TPU's where there is neither chip, which says what is missing."""
     return "gpu" if chips.present()[0] in ("gpu", "cuda") else "tpu"
 
@@ -156,8 +156,16 @@ def main(argv: list[str] | None = None) -> int:
         pairs = chosen(options.op, options.shape)
         if options.verb == "tune":
             backend = dispatch.resolve(options.implementation or _kernels())
-            found = [(*p, *tune(*p, backend, options.repeats)) for p in pairs]
-            rows = [dict(op=o, shape=s, tiles=t, ms=took * 1e3) for o, s, t, took in found]
+            rows = []
+            for op, shape in pairs:
+                try:
+                    tiles, took = tune(op, shape, backend, options.repeats)
+                except Unsupported as reason:
+                    if options.op:
+                        raise
+                    print(f"{op} at {shape} is left out: {reason}", file=sys.stderr)
+                else:
+                    rows.append(dict(op=op, shape=shape, tiles=tiles, ms=took * 1e3))
             print(json.dumps(rows, indent=1))
             return 0
         rows = [measure(*pair, options.implementation, options.repeats) for pair in pairs]

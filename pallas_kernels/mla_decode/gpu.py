@@ -160,6 +160,8 @@ def _scratch(width: int, cluster: int) -> Scratch:
 
 
 def _check(query: Query, cache: PagedLatents) -> None:
+    if not len(query.lengths_B):
+        raise Unsupported("mla_decode on GPU needs a row; use 'xla'")
     c, r = (x.shape[-1] for x in cache[:2])
     page = cache.latent_NSC.shape[1]
     dtypes = {x.dtype.name for x in (query.latent_BTHC, *cache[:2])}

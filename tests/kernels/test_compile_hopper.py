@@ -25,7 +25,8 @@ from pallas_kernels.scaled import E4M3, Scaled
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        importlib.util.find_spec("jax_cuda13_plugin") is None, reason="no CUDA plugin of JAX"
+        not all(map(importlib.util.find_spec, ("jax_cuda13_plugin", "nvidia"))),
+        reason="JAX's CUDA plugin and CUDA's compiler are not installed",
     ),
 ]
 HOPPER = Backend("gpu", "h100")
@@ -52,9 +53,11 @@ def lies():
     """On the chip that is not here."""
     jax.devices()  # finds the plugin
     how = dict(topology="1x1x1", target_config=TARGET)
-    return jax.sharding.SingleDeviceSharding(
-        topologies.get_topology_desc(platform="cuda", topology_name="", **how).devices[0]
-    )
+    try:
+        found = topologies.get_topology_desc(platform="cuda", topology_name="", **how)
+    except (NotImplementedError, RuntimeError) as reason:  # of another version, or half of it
+        pytest.skip(f"JAX's CUDA plugin does not start: {reason}")
+    return jax.sharding.SingleDeviceSharding(found.devices[0])
 
 
 def of(shape, dtype):
@@ -87,7 +90,12 @@ def check(call, arguments, capfd, *, kernels=1):
 
 @pytest.fixture(autouse=True)
 def reported(monkeypatch):
+    """What was compiled before is not read: that would tell nothing."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", kept)
 
 
 @pytest.mark.parametrize("name", ["v3-4k", "v3-4k-verify"])

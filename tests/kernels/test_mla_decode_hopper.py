@@ -14,12 +14,12 @@ from tests.kernels.paged import PAGES, ROWS, SCALE, cache_of, check, queries_of,
 HOPPER = Backend("gpu", chip="h100")
 
 
-def hopper(size, h, r=64, c=512, dtype="bfloat16"):
+def hopper(size, h, r=64, c=512, dtype="bfloat16", rows=2):
     """The call's abstract arguments."""
     of = jax.ShapeDtypeStruct
     cache = PagedLatents(of((6, size, c), dtype), of((6, size, r), "bfloat16"))
-    queries = (of((2, 2, h, width), "bfloat16") for width in (c, r))
-    return *queries, cache, of((2, 3), "int32"), of((2,), "int32")
+    queries = (of((rows, 2, h, width), "bfloat16") for width in (c, r))
+    return *queries, cache, of((rows, 3), "int32"), of((rows,), "int32")
 
 
 @pytest.mark.parametrize(("size", "heads"), [(128, 128)])
@@ -36,6 +36,7 @@ def test_the_hopper_kernel_lowers_for_cuda(size, heads):
         (hopper(64, 4, c=576), r"C a multiple of 128.*\[6, 64, 576\]"),
         (hopper(64, 4, r=48), r"R = 64.*\[6, 64, 48\]"),
         (hopper(64, 4, dtype="float32"), "bfloat16 queries and pages.*float32"),
+        (hopper(64, 4, rows=0), "needs a row"),
     ],
 )
 def test_what_the_hopper_kernel_cannot_is_unsupported(arguments, message):
@@ -48,10 +49,15 @@ def test_what_the_hopper_kernel_cannot_is_unsupported(arguments, message):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("queries", "lengths", "size", "splits"),
-    [(2, [1, 75], 64, 1), (1, [0, 192, 130], 128, 2), (8, [64, 256], 128, 3)],
+    [
+        (2, [1, 75], 64, 1),
+        (1, [0, 192, 130], 128, 2),
+        (8, [64, 256], 128, 3),
+        (2, [300, 1, 384], 128, 1),  # up to three pairs of steps: memory is fetched anew
+    ],
 )
 def test_the_hopper_kernel_simulated(queries, lengths, size, splits):
-    """Barriers, copies and products on CPU; twice as many heads as one block takes in the last."""
+    """Barriers, copies and products on CPU; with 8 queries more heads than one block takes."""
     if _compat.gpu_interpret_params() is None:
         pytest.skip("this JAX simulates no GPU")
     heads = 12 if queries == 8 else 4
