@@ -14,7 +14,7 @@ from tests.kernels.paged import PAGES, ROWS, SCALE, cache_of, check, queries_of,
 HOPPER = Backend("gpu", chip="h100")
 
 
-def hopper(size, h, r=64, c=512, dtype="bfloat16", rows=2):
+def hopper(size, h, r=64, c=512, *, dtype="bfloat16", rows=2):
     """The call's abstract arguments."""
     of = jax.ShapeDtypeStruct
     cache = PagedLatents(of((6, size, c), dtype), of((6, size, r), "bfloat16"))
