@@ -233,9 +233,12 @@ class Generation:
 
     def _prefill(self) -> Session:
         rules = self.sampling.rules
-        depth = _hoped(Costs(*map(float, self._costs)), rules.drafts)
+        costs = Costs(*map(float, self._costs))
+        depth = _hoped(costs, rules.drafts)
         if not (rules.rerank or depth):
             rules = rules._replace(drafts=0)
+        if costs.draft > 0:  # where none is right, deeper ones would only cost more
+            depth = min(depth, 1)
         longest = max(len(p) for p in self._prompts)
         room = _room(longest, self.sampling.max_tokens, rules.drafts)[1]
         how = dict(mtp=rules.drafts > 0, kept=self._before, room=room)

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 
 from r1jax.infer.cache import Cache, extend, last, slots
 from r1jax.infer.sample import distribution, draw
-from r1jax.infer.speculative import Costs, best_horizon, goes_on, hope, updated_rate, verify
+from r1jax.infer.speculative import (
+    EARLY,
+    Costs,
+    best_horizon,
+    goes_on,
+    hope,
+    updated_rate,
+    verify,
+)
 from r1jax.nn.block import Entry
 
 PACE = 32  # rounds after which more drafts may be tried
@@ -180,10 +188,13 @@ def more_of(session: Session, most: jax.Array, rules: Rules) -> Callable[[Sessio
 
 def _paced(s: Session, costs: Costs) -> Drafter:
     """The drafter with the depth of the next round: fewer drafts as soon as that is better, more
-    every `PACE` rounds."""
-    d = s.drafter
-    best = best_horizon(d.rate_BT, s.left_B > 0, costs)
-    return d._replace(depth=jnp.where((best < d.depth) | (d.rounds % PACE == 0), best, d.depth))
+    when the first rounds' single drafts are judged and every `PACE` rounds. What deeper drafts are
+    hoped to bring counts there alone, and first drafts come before deeper ones."""
+    d, most = s.drafter, s.drafter.rate_BT.shape[1]
+    deeper = (d.rounds % PACE == 0) | ((d.rounds == EARLY) & (d.depth > 0))
+    reach = jnp.where(deeper, jnp.where(d.depth > 0, most, 1), d.depth)
+    rate_BT = jnp.where(jnp.arange(most) < reach, d.rate_BT, 0.0)
+    return d._replace(depth=best_horizon(rate_BT, s.left_B > 0, costs))
 
 
 def catch_up(model, drafter: Drafter, *, width: int) -> Drafter:

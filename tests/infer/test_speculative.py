@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1jax.infer import generate as generating
+from r1jax.infer import multitoken
 from r1jax.infer.generate import Generation, Sampling, draft_costs, generate
 from r1jax.infer.prompts import feed
 from r1jax.infer.sample import distribution
@@ -354,3 +355,25 @@ def test_the_order_of_a_batch_changes_nothing():
     alone = [generate(model, [p], sampling)[0] for p in prompts]
     for order in ((2, 0, 1), (1, 2, 0)):
         assert generate(model, [prompts[i] for i in order], sampling) == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize(
+    ("depth", "rounds", "first", "expected"),
+    [
+        (1, 1, 0.9, 1),
+        (1, 2, 0.9, 1),  # deeper drafts are not tried before
+        (1, 3, 0.9, 3),
+        (1, 2, 0.5, 0),  # what deeper ones are hoped to bring does not keep it going
+        (0, 3, 0.6, 0),  # given up for good reason
+        (0, 32, 0.6, 0),
+        (0, 32, 0.9, 1),  # tried again with one
+        (3, 7, 0.9, 3),
+        (3, 7, 0.3, 0),
+    ],
+)
+def test_how_deep_the_next_round_drafts(depth, rounds, first, expected):
+    rate_BT = jnp.array([[first, 0.9, 0.9]])
+    drafter = multitoken.Drafter(*[None] * 5, rate_BT, jnp.int32(rounds), jnp.int32(depth))
+    session = multitoken.Session(None, drafter, None, jnp.ones(1), *[None] * 4)
+    found = multitoken._paced(session, Costs(round=0.34, draft=0.3))
+    assert int(found.depth) == expected
