@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.errors import JaxRuntimeError
 
 from pallas_kernels import cases, chips, dispatch, tuning
 from pallas_kernels.dispatch import Backend, Unsupported
@@ -43,17 +44,17 @@ def seconds(call: Callable, arrays: tuple, repeats: int) -> float:
 
 
 def measure(op: str, shape: str, implementation: str | None, repeats: int) -> dict[str, Any]:
-    """One row of the table."""
+    """One row of the table; "unsupported" says why it has no figures."""
     named, make = cases.OPS[op]
-    case = make(named[shape])
     backend = dispatch.resolve(implementation)
-    call = jax.jit(case.call(implementation))
     row = dict(op=op, shape=shape, device=chips.present()[1], implementation=backend.name)
     try:
+        case = make(named[shape])
+        call = jax.jit(case.call(implementation))
         got = cases.corner(call(*case.arrays))
-    except Unsupported as reason:
-        return {**row, "unsupported": str(reason)}
-    took = seconds(call, case.arrays, repeats)
+        took = seconds(call, case.arrays, repeats)
+    except (Unsupported, JaxRuntimeError) as reason:  # no memory for it, say
+        return {**row, "unsupported": _first_line(reason)}
     bound = max(case.flops / backend.device.peak(case.bits), case.traffic / backend.device.hbm)
     error = np.linalg.norm(got - case.truth[: len(got), : got.shape[1]])
     return {
@@ -62,9 +63,22 @@ def measure(op: str, shape: str, implementation: str | None, repeats: int) -> di
         "tflops": case.flops / took / 1e12,
         "gb_s": case.traffic / took / 1e9,
         "of_bound": bound / took,
-        "xla_ms": seconds(jax.jit(case.xla), case.xla_arrays, repeats) * 1e3,
+        "xla_ms": _by_xla(case, repeats),
         "error": float(error / np.linalg.norm(case.truth)),
     }
+
+
+def _by_xla(case: cases.Case, repeats: int) -> float | None:
+    """Milliseconds; None where XLA cannot, for want of memory."""
+    try:
+        return seconds(jax.jit(case.xla), case.xla_arrays, repeats) * 1e3
+    except JaxRuntimeError as reason:
+        print(f"XLA's own: {_first_line(reason)}", file=sys.stderr)
+        return None
+
+
+def _first_line(reason: Exception) -> str:
+    return next(iter(str(reason).splitlines()), type(reason).__name__)
 
 
 def tune(op: str, shape: str, backend: Backend, repeats: int) -> tuple[tuning.Tiles, float]:
@@ -83,8 +97,8 @@ def tune(op: str, shape: str, backend: Backend, repeats: int) -> tuple[tuning.Ti
         one = Backend(backend.name, backend.chip, interpret=backend.interpret, tiles=tiles)
         try:
             took = seconds(jax.jit(case.call(one)), case.arrays, repeats)
-        except (Unsupported, ValueError) as reason:
-            print(f"{tiles}: {reason}", file=sys.stderr)
+        except (Unsupported, ValueError, JaxRuntimeError) as reason:
+            print(f"{tiles}: {_first_line(reason)}", file=sys.stderr)
             continue
         print(f"{tiles}: {took * 1e3:.3f} ms", file=sys.stderr)
         best = min(best or (took, tiles), (took, tiles))
@@ -105,7 +119,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         rate = f"{row['tflops']:.3g}" if row["tflops"] else "-"
         times = f"{row['ms']:.3f}", rate, f"{row['gb_s']:.3g}", f"{row['of_bound']:.1%}"
-        lines.append((*start, *times, f"{row['xla_ms']:.3f}", f"{row['error']:.1e}"))
+        xla = "-" if row["xla_ms"] is None else f"{row['xla_ms']:.3f}"
+        lines.append((*start, *times, xla, f"{row['error']:.1e}"))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     pad = lambda line: "  ".join(v.ljust(w) for v, w in zip(line, widths, strict=True))  # noqa: E731
     return "\n".join(pad(line).rstrip() for line in lines)
@@ -168,7 +183,10 @@ def main(argv: list[str] | None = None) -> int:
                     rows.append(dict(op=op, shape=shape, tiles=tiles, ms=took * 1e3))
             print(json.dumps(rows, indent=1))
             return 0
-        rows = [measure(*pair, options.implementation, options.repeats) for pair in pairs]
+        rows = []
+        for op, shape in pairs:
+            print(f"{op} {shape}", file=sys.stderr)
+            rows.append(measure(op, shape, options.implementation, options.repeats))
     except (ValueError, RuntimeError) as reason:
         print(f"error: {reason}", file=sys.stderr)
         return 1 if isinstance(reason, Unsupported) else 2

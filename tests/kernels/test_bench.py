@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bench and the tuner, on CPU at tiny shapes: what they print, write and refuse."""
 
+import dataclasses
 import json
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from pallas_kernels import Backend, bench, candidates, cases, shapes, tuning
 
@@ -26,6 +28,27 @@ def test_a_row_for_each_op(capsys):
     assert lines[0].split()[:3] == ["op", "shape", "impl"]
     assert len({line.index("tiny") for line in lines[1:]}) == 1
     assert "no kernel" in bench.table([{**rows[0], "unsupported": "no kernel"}])
+
+
+def test_what_has_no_memory_leaves_the_others(capsys, monkeypatch):
+    """A row that fails says so, XLA's own failing leaves the op's figures."""
+
+    def fails(*_):
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: 28.89GiB\nand a trace")
+
+    def without(case, **changed):
+        named, make = cases.OPS[case]
+        return named, lambda shape: dataclasses.replace(make(shape), **changed)
+
+    monkeypatch.setitem(cases.OPS, "fp8_wgrad", without("fp8_wgrad", call=lambda _: fails))
+    monkeypatch.setitem(cases.OPS, "fp8_dgrad", without("fp8_dgrad", xla=fails))
+    ops = ("--op", "fp8_wgrad", "--op", "fp8_dgrad")
+    assert bench.main(["--json", "--repeats", "1", *ops]) == 0
+    failed, rest = json.loads(capsys.readouterr().out)
+    assert failed["unsupported"] == "RESOURCE_EXHAUSTED: 28.89GiB"
+    assert rest["ms"] > 0
+    assert rest["xla_ms"] is None
+    assert "28.89GiB" in bench.table([failed, rest])
 
 
 def test_what_is_refused(capsys):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1jax.ops import experts as module
 from r1jax.ops.experts import FEW, LARGE, TILES, choose, experts, tile, tile_slots
 
 # Sums of up to 24 float32 products of order 1, scatter-added in another order.
@@ -104,6 +105,25 @@ def test_an_expert_that_is_not_here_adds_nothing(implementation):
     want = want[0], (want[1][0], d_weight, want[1][2])
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=FLOAT32, atol=FLOAT32)
+
+
+def test_dense_reads_weights_where_they_lie_on_a_gpu(monkeypatch):
+    """The same as one wide matrix of them, gradients too, for more tokens than CPUs do it for."""
+    t, e, d, f = 2 * FEW, 4, 128, LARGE // 128
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(t, d)), rng.random((t, 2))
+    weights = [rng.normal(size=size) / 10 for size in ((e, d, f), (e, d, f), (e, f, d))]
+    index = np.argsort(rng.random((t, e)), axis=1)[:, :2].astype(np.int32)
+    x, weight, *weights = (np.float32(a) for a in (x, weight, *weights))
+
+    def run(platform):
+        monkeypatch.setattr(module.chips, "present", lambda: (platform, "any"))
+        call = lambda *a: experts(a[0], index, *a[1:], implementation="dense")  # noqa: E731
+        out, back = jax.vjp(call, x, weight, tuple(weights))
+        return jax.tree.leaves((out, back(jnp.ones_like(out))))
+
+    for a, b in zip(run("gpu"), run("cpu"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=FLOAT32 * float(np.abs(b).max()) * 10)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
