@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from r1jax.cli import interrupt, models, plan, rejection, together
+from r1jax.cli import interrupt, models, pages, plan, rejection, together
 from r1jax.train.failure import Preempted, StageFailed
 
 # Programs and JAX are imported where they are called: `--help` and a wrong flag answer at once.
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+_LONG = ("quickstart", "train", rejection.VERB)  # they can be interrupted and resumed
 
 _ABOUT = """\
 The DeepSeek-R1 system in JAX: a DeepSeek-V3-shaped model goes through every stage
@@ -112,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       the exit status.
     """
+    if argv is None and sys.argv[1:2] and sys.argv[1] in _LONG:
+        pages.ask()
     code, why = _outcome(sys.argv[1:] if argv is None else argv)
     if together.several():
         together.leave(code, why)
@@ -125,7 +128,7 @@ def _outcome(argv: Sequence[str]) -> tuple[int, str]:
         with interrupt.heard():
             return _run(args), ""
     except KeyboardInterrupt as error:
-        resumes = argv[0] in ("quickstart", "train", rejection.VERB)
+        resumes = argv[0] in _LONG
         _say("interrupted; the same command resumes" if resumes else "interrupted")
         code = DONE if isinstance(error, Preempted) and together.several() else INTERRUPTED
         # All stop together where the loop says what it saved.

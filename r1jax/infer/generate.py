@@ -88,7 +88,8 @@ class Sampling:
         """What of it is compiled in."""
         top_p = None if self.top_p == 1 or self.temperature == 0 else self.top_p
         top_k = None if self.temperature == 0 else self.top_k
-        return Rules(tuple(sorted(self.eos_ids)), top_k, top_p, self.drafts, self.rerank)
+        ends, greedy = tuple(sorted(self.eos_ids)), self.temperature == 0
+        return Rules(ends, top_k, top_p, greedy, self.drafts, self.rerank)
 
 
 class Counts(NamedTuple):

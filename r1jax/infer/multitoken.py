@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.infer.cache import Cache, extend, last, slots
-from r1jax.infer.sample import distribution, draw
+from r1jax.infer.sample import best, distribution, draw
 from r1jax.infer.speculative import (
     EARLY,
     Costs,
@@ -23,6 +23,7 @@ from r1jax.infer.speculative import (
     hope,
     updated_rate,
     verify,
+    verify_greedy,
 )
 from r1jax.nn.block import Entry
 
@@ -85,6 +86,7 @@ class Rules(NamedTuple):
         eos_ids: tokens that end a row.
         top_k: as in `sample.truncate`.
         top_p: as in `sample.truncate`.
+        greedy: every row's temperature is 0: nothing is drawn.
         drafts: most drafts a round.
         rerank: continuations of `drafts` tokens that `rerank.run` chooses from; 0: drafts are
             verified.
@@ -93,6 +95,7 @@ class Rules(NamedTuple):
     eos_ids: tuple[int, ...] = ()
     top_k: int | None = None
     top_p: float | None = None
+    greedy: bool = False
     drafts: int = 0
     rerank: int = 0
 
@@ -160,10 +163,11 @@ def run(
         return more(s) & (s.drafter is None or s.drafter.depth == rules.drafts)
 
     def body(s: Session):
-        key, now = jax.random.split(s.key)
+        key, draft_key, now = s.key, None, None
+        if not rules.greedy:
+            key, draft_key, now = jax.random.split(s.key, 3)
         s = s._replace(key=key)
         if rules.drafts:
-            draft_key, now = jax.random.split(now)
             drafts, drafter = _draft(model, s, temperature_B, draft_key, costs, rules=rules)
             s = s._replace(drafter=drafter)
         else:
@@ -218,7 +222,8 @@ def catch_up(model, drafter: Drafter, *, width: int) -> Drafter:
 
 
 def _draft(model, s: Session, temperature_B, key, costs: Costs, *, rules: Rules):
-    """((draft_BT, drafter_BTN, horizon_B), drafter with entries for all that was pending).
+    """((draft_BT, drafter_BTN or None if greedy, horizon_B), drafter with entries for all that was
+    pending).
 
     The module runs once on what is pending and once more for every draft after the first, while
     that is worth it for some row: then the others' drafts cost nothing.
@@ -230,18 +235,24 @@ def _draft(model, s: Session, temperature_B, key, costs: Costs, *, rules: Rules)
     chain_B, horizon_B = jnp.ones_like(d.rate_BT[:, 0]), jnp.zeros_like(length_B)
     drafts, distributions, on = [], [], True
     for t in range(depth):
-        q_BN = probabilities(model, hidden_BD[:, None], temperature_B, rules)[:, 0]
-        distributions.append(q_BN)
-        drafts.append(draw(q_BN, jax.random.fold_in(key, t)))
+        if rules.greedy:
+            drafts.append(best(head_logits(model, hidden_BD[:, None])[:, 0]))
+            certain_B = 1.0
+        else:
+            q_BN = probabilities(model, hidden_BD[:, None], temperature_B, rules)[:, 0]
+            distributions.append(q_BN)
+            drafts.append(draw(q_BN, jax.random.fold_in(key, t)))
+            certain_B = q_BN.max(-1)
         live_B = s.left_B > t + 1  # one token must be left for the main model to draw
         horizon_B += live_B & on
         if t + 1 < depth:
-            more_B, chain_B = goes_on(chain_B, d.rate_BT, q_BN.max(-1), t, costs)
+            more_B, chain_B = goes_on(chain_B, d.rate_BT, certain_B, t, costs)
             on &= (more_B & (s.left_B > t + 2)).any()
             fed = hidden_BD[:, None], drafts[-1][:, None], own, length_B + t
             hidden_BD, own = jax.lax.cond(on, _deeper, _no_deeper, model, *fed)
     drafter = d._replace(own=own, length_B=length_B, pending_B=jnp.zeros_like(d.pending_B))
-    return (jnp.stack(drafts, 1), jnp.stack(distributions, 1), horizon_B), drafter
+    q_BTN = None if rules.greedy else jnp.stack(distributions, 1)
+    return (jnp.stack(drafts, 1), q_BTN, horizon_B), drafter
 
 
 def _deeper(model, hidden_B1D, next_B1, own: Entry, length_B):
@@ -260,8 +271,12 @@ def _judged(model, s: Session, drafts, temperature_B, key, *, rules: Rules) -> S
     draft_BT, q_BTN, horizon_B = drafts
     fed_BT = jnp.concatenate([s.token_B[:, None], draft_BT], axis=1)
     hidden_BTD, cache = extend(model, fed_BT, s.cache)
-    target = probabilities(model, hidden_BTD, temperature_B, rules)
-    verdict = verify(target, q_BTN, draft_BT, horizon_B, key)
+    if rules.greedy:
+        best_BT = best(head_logits(model, hidden_BTD))
+        verdict = verify_greedy(best_BT, draft_BT, horizon_B)
+    else:
+        target_BTN = probabilities(model, hidden_BTD, temperature_B, rules)
+        verdict = verify(target_BTN, q_BTN, draft_BT, horizon_B, key)
     on = advanced(s, cache, hidden_BTD, Drawn(draft_BT, horizon_B, *verdict), rules=rules)
     if s.drafter is None:
         return on

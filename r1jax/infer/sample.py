@@ -65,7 +65,7 @@ def sample(
     full_BN = jax.nn.log_softmax(scaled_BN, axis=-1)
     cut_BN = jax.nn.log_softmax(truncate(scaled_BN, top_k=top_k, top_p=top_p), axis=-1)
     noise_BN = jnp.where(greedy_B1, 0.0, jax.random.gumbel(key, logits_BN.shape))
-    token_B = _argmax(jnp.where(greedy_B1, scaled_BN, cut_BN) + noise_BN)
+    token_B = best(jnp.where(greedy_B1, scaled_BN, cut_BN) + noise_BN)
     pick = lambda table: jnp.take_along_axis(table, token_B[:, None], axis=-1)[:, 0]  # noqa: E731
     behaviour_B = jnp.where(greedy_B1[:, 0], 0.0, pick(cut_BN))
     return Sample(token_B.astype(jnp.int32), pick(full_BN), behaviour_B)
@@ -86,18 +86,18 @@ def distribution(
     )
     flat = scaled.reshape(b * t, n)
     cut_BTN = jax.nn.softmax(truncate(flat, top_k=top_k, top_p=top_p)).reshape(b, t, n)
-    best_BTN = jax.nn.one_hot(_argmax(flat), n).reshape(b, t, n)
+    best_BTN = jax.nn.one_hot(best(flat), n).reshape(b, t, n)
     return jnp.where(greedy_B1[:, None], best_BTN, cut_BTN)
 
 
 def draw(probability_BN: jax.Array, key: jax.Array) -> jax.Array:
     """[B] int32: one token of each row's distribution; a token of probability 0 is never drawn."""
     noise_BN = jax.random.gumbel(key, probability_BN.shape)
-    return _argmax(jnp.log(probability_BN) + noise_BN).astype(jnp.int32)
+    return best(jnp.log(probability_BN) + noise_BN).astype(jnp.int32)
 
 
-def _argmax(x_BN: jax.Array) -> jax.Array:
-    """First place of each row's maximum, by two plain reductions.
+def best(x_BN: jax.Array) -> jax.Array:
+    """First place of each row's maximum, [B] int32, by two plain reductions.
 
     XLA:CPU runs the reduction of pairs behind `jnp.argmax` one element at a time.
     """

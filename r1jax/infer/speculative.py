@@ -52,12 +52,15 @@ def verify(
     """
     chex.assert_rank([target_BTN, drafter_BTN, draft_BT, horizon_B], [3, 3, 2, 1])
     b, t = draft_BT.shape
-    chex.assert_shape(target_BTN, (b, t + 1, drafter_BTN.shape[-1]))
+    n = drafter_BTN.shape[-1]
+    chex.assert_shape(target_BTN, (b, t + 1, n))
+    if not t:
+        return Verdict(jnp.zeros(b, jnp.int32), draw(target_BTN[:, 0], key))
     chance_key, draw_key = jax.random.split(key)
     at = lambda table: jnp.take_along_axis(table, draft_BT[..., None], -1)[..., 0]  # noqa: E731
     chance_BT = jax.random.uniform(chance_key, (b, t))
-    kept_BT = (chance_BT * at(drafter_BTN) < at(target_BTN[:, :t])) & _before(horizon_B, t)
-    accepted_B = jnp.cumprod(kept_BT.astype(jnp.int32), axis=1).sum(1)
+    kept_BT = chance_BT * at(drafter_BTN) < at(target_BTN[:, :t])
+    accepted_B = _accepted(kept_BT, horizon_B)
     pick = lambda table: jnp.take_along_axis(table, accepted_B[:, None, None], 1)[:, 0]  # noqa: E731
     p_BN = pick(target_BTN)
     q_BN = pick(jnp.pad(drafter_BTN, ((0, 0), (0, 1), (0, 0))))
@@ -66,6 +69,27 @@ def verify(
     refused_B1 = ((accepted_B < horizon_B) & (rest_BN.sum(-1) > 0.0))[:, None]
     token_B = draw(jnp.where(refused_B1, rest_BN, p_BN), draw_key)
     return Verdict(accepted_B, token_B)
+
+
+def verify_greedy(best_BT: jax.Array, draft_BT: jax.Array, horizon_B: jax.Array) -> Verdict:
+    """`verify` where target and drafter are greedy: a draft stands if it is the target's best.
+
+    Args:
+        best_BT: [B, T + 1] int32, the target's best token after 0 … T drafts.
+        draft_BT: [B, T] int32.
+        horizon_B: [B] drafts that count, at most T.
+    """
+    chex.assert_rank([best_BT, draft_BT, horizon_B], [2, 2, 1])
+    b, t = draft_BT.shape
+    chex.assert_shape(best_BT, (b, t + 1))
+    accepted_B = _accepted(draft_BT == best_BT[:, :t], horizon_B)
+    return Verdict(accepted_B, jnp.take_along_axis(best_BT, accepted_B[:, None], 1)[:, 0])
+
+
+def _accepted(kept_BT: jax.Array, horizon_B: jax.Array) -> jax.Array:
+    """[B] int32: drafts within the horizon before the first that is not kept."""
+    kept_BT &= _before(horizon_B, kept_BT.shape[1])
+    return jnp.cumprod(kept_BT.astype(jnp.int32), axis=1).sum(1)
 
 
 def _before(count_B: jax.Array, t: int) -> jax.Array:
