@@ -68,7 +68,7 @@ def sample(
     token_B = best(jnp.where(greedy_B1, scaled_BN, cut_BN) + noise_BN)
     pick = lambda table: jnp.take_along_axis(table, token_B[:, None], axis=-1)[:, 0]  # noqa: E731
     behaviour_B = jnp.where(greedy_B1[:, 0], 0.0, pick(cut_BN))
-    return Sample(token_B.astype(jnp.int32), pick(full_BN), behaviour_B)
+    return Sample(token_B, pick(full_BN), behaviour_B)
 
 
 def distribution(
@@ -93,7 +93,7 @@ def distribution(
 def draw(probability_BN: jax.Array, key: jax.Array) -> jax.Array:
     """[B] int32: one token of each row's distribution; a token of probability 0 is never drawn."""
     noise_BN = jax.random.gumbel(key, probability_BN.shape)
-    return best(jnp.log(probability_BN) + noise_BN).astype(jnp.int32)
+    return best(jnp.log(probability_BN) + noise_BN)
 
 
 def best(x_BN: jax.Array) -> jax.Array:
@@ -101,6 +101,6 @@ def best(x_BN: jax.Array) -> jax.Array:
 
     XLA:CPU runs the reduction of pairs behind `jnp.argmax` one element at a time.
     """
-    place_N = jnp.arange(x_BN.shape[-1])
+    place_N = jnp.arange(x_BN.shape[-1], dtype=jnp.int32)
     best_B1 = x_BN.max(-1, keepdims=True)
     return jnp.where(x_BN == best_B1, place_N, x_BN.shape[-1] - 1).min(-1)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from r1jax.cli import pages
+from r1jax.cli import main, pages
 
 glibc = pytest.mark.skipif(
     sys.platform != "linux" or not os.confstr("CS_GNU_LIBC_VERSION"), reason="glibc's own variable"
@@ -62,3 +62,17 @@ def test_without_such_a_setting_it_goes_on(monkeypatch, tmp_path):
     monkeypatch.setattr(pages, "SETTING", tmp_path / "none")
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started anew"))
     pages.ask()
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "asks"),
+    [("train", None, True), ("info", None, False), ("train", ["train", "--no-such-flag"], False)],
+)
+def test_the_long_verbs_of_the_command_ask(command, given, asks, monkeypatch, capsys):
+    """And nobody who calls `main` with arguments: his process is his own."""
+    asked = []
+    monkeypatch.setattr(pages, "ask", lambda: asked.append(True))
+    monkeypatch.setattr(sys, "argv", ["r1jax", command, "--no-such-flag"])
+    assert main(given) == 2
+    assert asked == [True] * asks
+    assert "error" in capsys.readouterr().err
