@@ -53,11 +53,13 @@ def main() -> None:
     jax.block_until_ready(reference)
     for step in programs.measured_steps(f"r1jax {r1jax.__version__}", compiled):
         if step == 0:  # as `train.stages.grpo`: the programs compile side by side
-            rollouts = Ahead(sample, state.slim(), np.uint32(step)).shapes
+            sampling = Ahead(sample, state.slim(), np.uint32(step)).start()
             reward = np.empty(temperature_B.shape, np.float32)
             updating = Ahead(
-                update, state, reference, rollouts, reward, controls, temperature=np.float32(1.0)
-            ).start()
+                update, state, reference, sampling.shapes, reward, controls,
+                temperature=np.float32(1.0),
+            ).start()  # fmt: skip
+            sampling.join()
         done = sample(state.slim(), np.uint32(step))
         texts = ["".join(work.SYMBOLS[i] for i in row) for row in np.asarray(done.tokens_BT)]
         reward_B = np.array(work.reward(texts), np.float32)

@@ -131,17 +131,21 @@ class InTurns:
     def __init__(self, collector: Collector):
         self.collector = collector
         self.collect = collector.refilled if collector.cfg.refill else collector.batch
+        self._compiling: Ahead | None = None
 
     def carried(self) -> dict[str, Any]:
         """What a stage has to carry for it at first."""
         return {}
 
     def shapes(self, state: TrainState) -> Rollout:
-        """Of a batch; the sampler is traced for it."""
-        return self.collector.shapes(self.collector.ahead(state).shapes)
+        """Of a batch; the sampler is traced for it, and compiles in a thread until it is called."""
+        self._compiling = self.collector.ahead(state).start()
+        return self.collector.shapes(self._compiling.shapes)
 
     def __call__(self, carry: Mapping[str, Any], step: int) -> tuple[Collected, dict[str, Any]]:
         """The batch of a step, and what to carry from here on."""
+        if self._compiling is not None:
+            self._compiling.join()
         return self.collect(carry["state"], step, int(carry["drawn"])), {}
 
 

@@ -163,7 +163,7 @@ def _counted(collector: Collector) -> bool:
 
 
 def _compiling(step_jit, carry, rollouts: Rollout, controls: Controls, temperature) -> Ahead:
-    """The step, compiling in a thread: the sampler compiles in its first call meanwhile."""
+    """The step, compiling in a thread: beside the sampler, which began while this was traced."""
     rewards_B = rollouts.ended_B.update(dtype=np.float32)
     rollouts = jax.tree.map(placed_shape, rollouts, layout())
     args = carry["state"], carry["reference"], rollouts, rewards_B, controls

@@ -35,7 +35,7 @@ from tests.nn import tiny as models
 from tests.parallel.test_training import CFG, QWEN2
 from tests.train import tiny
 from tests.train.test_runs import DATA, SAMPLING, pairs_file, rows_to
-from tests.train.test_stages import Watch
+from tests.train.test_stages import COMPILED, Watch
 
 SLOW = OptimConfig(learning_rate=1e-3, weight_decay=0.0, eps=1e-3)
 EIGHT = MeshConfig(data=2, fsdp=2, expert=2)
@@ -97,8 +97,11 @@ def check(tmp_path, run, mesh):
     """Metrics and parameters of the run on a mesh are those on one device; all is compiled once."""
     one = run_trainer(run, tmp_path / "one")
     watch = Watch()
+    COMPILED.clear()
     many = run_trainer(dataclasses.replace(run, mesh=mesh), tmp_path / "many", display=watch)
     assert watch.compiled[1] == watch.compiled[-1]
+    assert COMPILED.count("jit(run)") <= 2  # the trainer's sampler, and the measure's
+    assert COMPILED.count("jit(grpo_step)") <= 1
     for a, b in zip(one["stages"], many["stages"], strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {"name", "seconds"}:

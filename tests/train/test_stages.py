@@ -28,7 +28,7 @@ WORDS = tiny.words(CFG)
 STEPS = 4
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
-    lambda event, *_, **__: COMPILED.append(event) if "backend_compile" in event else None
+    lambda event, *_, **of: COMPILED.append(of["fun_name"]) if "backend_compile" in event else None
 )
 
 
@@ -122,6 +122,14 @@ def test_a_resumed_stage_is_the_uninterrupted_one(tmp_path, stage, at, how, ever
     assert len(rows(tmp_path / "cut")) == STEPS
     start = tiny.state(CFG.model).params["embed"]
     assert np.abs(whole.params["embed"][...] - start[...]).max() > 0
+
+
+def test_sampler_and_step_are_compiled_once(tmp_path):
+    """What is compiled ahead, in threads, is what the first step calls."""
+    jax.clear_caches()
+    COMPILED.clear()
+    grpo(run_in(tmp_path))
+    assert COMPILED.count("jit(run)") == COMPILED.count("jit(grpo_step)") == 1
 
 
 def test_no_batch_of_questions_is_asked_twice(tmp_path):
