@@ -12,6 +12,8 @@ for _flag, _value in (
 ):
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
+# As `r1jax.cli.pages` says, for the workers and the commands that tests start: an eighth faster.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 import hypothesis  # noqa: E402  (after the environment is set)
 import jax  # noqa: E402

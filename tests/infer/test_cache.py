@@ -24,11 +24,12 @@ CONFIGS = [
     tiny.dense_config(qwen2=True),
     tiny.dense_config(qwen2=False, qk_norm=True),
 ]
-step = jax.jit(extend)
+step, first = jax.jit(extend), jax.jit(begin, static_argnums=3)
+whole = jax.jit(lambda model, *rows: model(*rows).hidden_BTD)
 
 
 def full(model, tokens):
-    return np.asarray(model(*tiny.whole_rows(tokens)).hidden_BTD)
+    return np.asarray(whole(model, *tiny.whole_rows(tokens)))
 
 
 @pytest.mark.parametrize("cfg", CONFIGS)
@@ -88,12 +89,12 @@ def test_rows_of_their_own_lengths_and_refused_drafts(cfg):
     """Prompts of 2, 7 and 4 tokens; wrong tokens are fed, forgotten, and the right ones fed."""
     model, tokens = tiny.model(cfg), tiny.tokens(2, 3, 11)
     wanted, n = full(model, tokens), np.array([2, 7, 4], np.int32)
-    hidden, cache = begin(model, tokens[:, :7], n, 16)
+    hidden, cache = first(model, tokens[:, :7], n, 16)
     for i in range(3):
         np.testing.assert_allclose(last(hidden, n)[i], wanted[i, n[i] - 1], rtol=SAME, atol=SAME)
-    _, cache = extend(model, (tokens[:, :3] + 5) % tiny.VOCAB, cache)  # never counted
+    _, cache = step(model, (tokens[:, :3] + 5) % tiny.VOCAB, cache)  # never counted
     after = np.stack([tokens[i, n[i] : n[i] + 3] for i in range(3)])
-    hidden, cache = extend(model, after, grown(cache, 20))
+    hidden, cache = step(model, after, grown(cache, 20))
     for i in range(3):
         np.testing.assert_allclose(hidden[i], wanted[i, n[i] : n[i] + 3], rtol=SAME, atol=SAME)
 
@@ -115,8 +116,11 @@ def test_rows_are_written_at_once_on_gpus(monkeypatch):
 
 @pytest.mark.parametrize(
     ("drafts", "costs"),
-    [(0, None), (2, generating.ALWAYS), (2, Costs(0.3, 0.4))],
-    ids=["none", "always", "given up"],
+    [
+        pytest.param(0, None, id="none", marks=pytest.mark.slow),
+        pytest.param(2, generating.ALWAYS, id="always"),
+        pytest.param(2, Costs(0.3, 0.4), id="given up", marks=pytest.mark.slow),
+    ],
 )
 def test_writing_beyond_the_room_of_a_row_is_never_asked_for(drafts, costs, monkeypatch):
     """Generation to the last position of the model, in calls of a few tokens, caches as short as
@@ -144,12 +148,12 @@ def test_long_prompts_come_in_chunks(monkeypatch):
     model = tiny.model(CONFIGS[0])
     # Rounding moved one entry of seed 3 by 1.6e-5 on one CPU, ten times as far as these entries.
     prompts = [tiny.tokens(s, n).tolist() for s, n in ((13, 21), (14, 5), (15, 16))]
-    whole = feeding.feed(model, prompts, mtp=True)
+    at_once = feeding.feed(model, prompts, mtp=True)
     monkeypatch.setattr(feeding, "CHUNK", 8)
     chunks = feeding.feed(model, prompts, mtp=True)
-    np.testing.assert_array_equal(whole.cache.length_B, chunks.cache.length_B)
-    np.testing.assert_allclose(whole.hidden_BD, chunks.hidden_BD, rtol=SAME, atol=SAME)
-    for a, b in zip(jax.tree.leaves(whole.own), jax.tree.leaves(chunks.own), strict=True):
+    np.testing.assert_array_equal(at_once.cache.length_B, chunks.cache.length_B)
+    np.testing.assert_allclose(at_once.hidden_BD, chunks.hidden_BD, rtol=SAME, atol=SAME)
+    for a, b in zip(jax.tree.leaves(at_once.own), jax.tree.leaves(chunks.own), strict=True):
         for row, n in enumerate([20, 4, 15]):
             np.testing.assert_allclose(a[:, row, :n], b[:, row, :n], rtol=SAME, atol=SAME)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-token decoding changes nothing: the rule by enumeration, the whole loop by counting."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from r1jax.infer import generate as generating
 from r1jax.infer import multitoken
 from r1jax.infer.generate import Generation, Sampling, draft_costs, generate
+from r1jax.infer.multitoken import extend_mtp
 from r1jax.infer.prompts import feed
 from r1jax.infer.sample import distribution
 from r1jax.infer.speculative import (
@@ -24,6 +26,7 @@ from tests.nn import tiny
 
 ALWAYS, NEVER = Costs(-0.9, 0.0), Costs(100.0, 1.0)
 SHORT = Costs(-0.9, 0.0, 10.0)  # drafting pays, a second pass of the module never does
+hidden = jax.jit(lambda model, *rows: model(*rows).hidden_BTD)
 
 
 def exact_joint(model, prompt, temperature, top_p):
@@ -97,7 +100,13 @@ def test_greedy_is_token_identical(drafts, costs):
     assert {len(row) for row in wanted} != {24}, "some row should have ended early"
 
 
-@pytest.mark.parametrize("patience", [0.0, 1e9], ids=["calls of one token", "whole calls"])
+@pytest.mark.parametrize(
+    "patience",
+    [
+        pytest.param(0.0, id="calls of one token", marks=pytest.mark.slow),
+        pytest.param(1e9, id="whole calls"),
+    ],
+)
 def test_rounds_without_drafts_leave_nothing_out(patience, monkeypatch):
     """The module's cache and what is pending are those of the whole text, after some rounds with
     drafts, many without, and several times of catching up, in calls of any length."""
@@ -122,7 +131,7 @@ def test_rounds_without_drafts_leave_nothing_out(patience, monkeypatch):
         n, more = done_B[b], pending_B[b]
         for found, wanted in zip(d.own, whole.own, strict=True):
             np.testing.assert_allclose(found[0, b, :n], wanted[0, b, :n], rtol=1e-4, atol=1e-5)
-        full = model(*tiny.whole_rows(np.array([row], np.int32))).hidden_BTD[0, n : n + more]
+        full = hidden(model, *tiny.whole_rows(np.array([row], np.int32)))[0, n : n + more]
         np.testing.assert_allclose(d.hidden_BWD[b, :more], full, rtol=1e-4, atol=1e-5)
         assert d.next_BW[b, :more].tolist() == row[n + 1 : n + more + 1]
 
@@ -156,15 +165,17 @@ def test_the_drafter_sees_what_training_showed_it():
     model = tiny.model(tiny.model_config())
     tokens = tiny.tokens(0, 2, 9)
     own = feed(model, tokens.tolist(), mtp=True).own
-    full = model(*tiny.whole_rows(tokens))
-    rows = tiny.whole_rows(tokens[:, 1:])
-    hidden, _ = model.predict_second(full.hidden_BTD[:, :-1], tokens[:, 1:], *rows[1:])
-    from r1jax.infer.multitoken import extend_mtp
+    _, positions, segments = tiny.whole_rows(tokens[:, 1:])
 
-    again, _ = extend_mtp(
-        model, full.hidden_BTD[:, 7:8], tokens[:, 8:9], own, jnp.array([7, 7], jnp.int32)
-    )
-    np.testing.assert_allclose(again[:, 0], hidden[:, 7], rtol=2e-5, atol=2e-5)
+    @jax.jit
+    def both(model, own):
+        full = hidden(model, *tiny.whole_rows(tokens))
+        second, _ = model.predict_second(full[:, :-1], tokens[:, 1:], positions, segments)
+        length_B = jnp.array([7, 7], jnp.int32)
+        return second, extend_mtp(model, full[:, 7:8], tokens[:, 8:9], own, length_B)[0]
+
+    second, again = both(model, own)
+    np.testing.assert_allclose(again[:, 0], second[:, 7], rtol=2e-5, atol=2e-5)
 
 
 def test_horizon_rules():

@@ -75,8 +75,15 @@ def test_there_and_back_is_bit_identical(tmp_path, name, dtype):
     assert ("quantization_config" in config) == (dtype == "fp8")
 
 
-@pytest.mark.parametrize("mesh", meshes(), ids=["one", "explicit", "auto"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("mesh", "dtype"),
+    [
+        pytest.param(mesh, dtype, id=f"{dtype}-{kind}", marks=marks)
+        for mesh, kind in zip(meshes(), ("one", "explicit", "auto"), strict=True)
+        for dtype in ("bf16", "fp8")
+        for marks in [pytest.mark.slow if (kind, dtype) == ("auto", "bf16") else ()]
+    ],
+)
 def test_onto_a_mesh(tmp_path, mesh, dtype):
     cfg = CONFIGS["deepseek"]
     source = Shards(write(tmp_path / "hf", cfg, dtype))

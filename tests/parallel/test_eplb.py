@@ -3,13 +3,20 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1jax.parallel.eplb import balanced_packs, beside, copies, hierarchical, spread_out
+from r1jax.parallel import eplb
 
+# As they run: inside programs. One by one their operations would compile anew in every call.
+balanced_packs = jax.jit(eplb.balanced_packs, static_argnums=1)
+copies = jax.jit(eplb.copies, static_argnums=1)
+beside = jax.jit(eplb.beside, static_argnames=("slots", "devices"))
+spread_out = jax.jit(eplb.spread_out, static_argnames=("slots", "devices"))
+hierarchical = jax.jit(eplb.hierarchical, static_argnames=("slots", "devices", "nodes", "groups"))
 LOADS = st.lists(st.integers(0, 1000), min_size=8, max_size=8).map(np.array)
 
 

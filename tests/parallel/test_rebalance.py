@@ -47,10 +47,11 @@ def skewed(state):
     return dataclasses.replace(state, router=jax.tree.map(bias, state.router))
 
 
+@jax.jit
 def logits(state, batch):
     model = state.model()
     out = model(batch["tokens"][0], batch["positions"][0], batch["segments"][0])
-    return np.asarray(out.hidden_BTD @ model.head_DN())
+    return out.hidden_BTD @ model.head_DN()
 
 
 def check(mesh, kind=AUTO, cfg=CFG):

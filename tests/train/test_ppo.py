@@ -110,7 +110,7 @@ def test_the_step_with_its_own_critic_is_the_one_by_hand():
         hidden = passes(model.decoder, jnp.zeros((8, 2)), rows_of(r), r.tokens_BT * 0)[1]
         return hidden @ model.value_head[...] + model.value_bias[...]
 
-    old = np.asarray(value_of(own.params), np.float64)
+    old = np.asarray(jax.jit(value_of)(own.params), np.float64)
     reference = policy.model(tiny.state(seed=1).params)  # the router bias is the policy's
     advantage, target, _ = by_hand(r, policy.model(), reference, old, ONE)
     tokens = r.mask_BT.sum()
@@ -124,9 +124,9 @@ def test_the_step_with_its_own_critic_is_the_one_by_hand():
         return 0.5 * (jnp.square(value_of(params) - target) * r.mask_BT).sum() / tokens
 
     chex.assert_trees_all_close(
-        actor.opt.trace, jax.grad(policy_loss)(policy.params), rtol=FLOAT32, atol=FLOAT32
+        actor.opt.trace, jax.jit(jax.grad(policy_loss))(policy.params), rtol=FLOAT32, atol=FLOAT32
     )
-    loss, grads = jax.value_and_grad(critic_loss)(own.params)
+    loss, grads = jax.jit(jax.value_and_grad(critic_loss))(own.params)
     chex.assert_trees_all_close(value.opt.trace, grads, rtol=FLOAT32, atol=FLOAT32)
     np.testing.assert_allclose(metrics["value_loss"], loss, rtol=FLOAT32)
     rest, spread = ((target - old)[r.mask_BT > 0], target[r.mask_BT > 0])
