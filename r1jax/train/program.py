@@ -40,7 +40,8 @@ class Ahead:
         self.shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._lowered.out_info
         )
-        self._thread = threading.Thread(target=self._compile, daemon=True)
+        # A process waits for it to end: a thread that Python stops inside XLA brings all down.
+        self._thread = threading.Thread(target=self._compile)
 
     def _compile(self):
         with contextlib.suppress(Exception):

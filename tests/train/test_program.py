@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs compile ahead of their first call, once."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +37,26 @@ def test_a_call_after_the_thread_compiles_nothing(compilations):
     assert len(compilations) == 1
     np.testing.assert_allclose(fn({"x": x}, scale=scale), np.tanh(np.arange(6.0)) * 2, rtol=1e-6)
     assert len(compilations) == 1
+
+
+FAILING = """
+import sys
+import jax.numpy as jnp
+from r1jax.train.program import Ahead, program
+
+def long(x):
+    for i in range(40):
+        x = jnp.sin(x[::-1] * i) @ jnp.cos(x + i)
+    return x
+
+compiling = Ahead(program(long), jnp.ones((8, 8))).start()
+assert compiling._thread.is_alive()
+sys.exit(2)
+"""
+
+
+def test_an_error_while_it_compiles_ends_the_process_in_order():
+    assert subprocess.run([sys.executable, "-c", FAILING], check=False).returncode == 2
 
 
 def test_what_cannot_be_traced_fails_at_once():
