@@ -10,6 +10,7 @@ import argparse
 import functools
 import json
 import logging
+import os
 import shlex
 import sys
 import traceback
@@ -104,6 +105,19 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
+def console() -> int:
+    """The command in a process of its own, which a long verb may start anew: see `pages`."""
+    if sys.argv[1:2] and sys.argv[1] in _LONG:
+        pages.ask()
+    code = main()
+    program = sys.modules.get("r1jax.train.program")
+    if program is not None and program.compiling():  # of a run that failed: it would be waited for
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        os._exit(code)
+    return code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
@@ -113,8 +127,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       the exit status.
     """
-    if argv is None and sys.argv[1:2] and sys.argv[1] in _LONG:
-        pages.ask()
     code, why = _outcome(sys.argv[1:] if argv is None else argv)
     if together.several():
         together.leave(code, why)

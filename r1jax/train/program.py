@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 _LEVEL = "xla_backend_optimization_level"
+_THREAD = "r1jax compiles"
 
 
 def program(fn: Callable, **how) -> Callable:
@@ -41,7 +42,7 @@ class Ahead:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._lowered.out_info
         )
         # A process waits for it to end: a thread that Python stops inside XLA brings all down.
-        self._thread = threading.Thread(target=self._compile)
+        self._thread = threading.Thread(target=self._compile, name=_THREAD)
 
     def _compile(self):
         with contextlib.suppress(Exception):
@@ -55,6 +56,11 @@ class Ahead:
     def join(self) -> None:
         """Waits until it is compiled."""
         self._thread.join()
+
+
+def compiling() -> bool:
+    """Whether anything compiles ahead right now."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from r1jax.cli import main, pages
+from r1jax.cli import console, main, pages
 
 glibc = pytest.mark.skipif(
     "CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}), reason="glibc's own variable"
@@ -16,18 +16,21 @@ CODE = """
 import os, pathlib, sys
 from r1jax.cli import pages
 pages.SETTING = pathlib.Path(sys.argv[1])
+if "deaf" in sys.argv:
+    os.environ.pop(pages.NAME, None)
 print(os.getpid(), os.environ.get(pages.NAME), *sys.argv[2:])
 pages.ask()
 print("on")
 """
 
 
-def said(tmp_path, setting: str, before: str | None) -> list[list[str]]:
+def said(tmp_path, setting: str, before: str | None, *more: str) -> list[list[str]]:
     """The lines of a process that asks: (id, variable, arguments), again if it starts anew."""
     (tmp_path / "enabled").write_text(setting)
     env = {k: v for k, v in os.environ.items() if k != pages.NAME}
     env |= {} if before is None else {pages.NAME: before}
     command = [sys.executable, "-c", CODE, str(tmp_path / "enabled"), "train", "--config=a b"]
+    command += more
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return [line.split(" ", 2) for line in run.stdout.splitlines()]
 
@@ -40,6 +43,14 @@ def test_it_starts_anew_once_as_the_same_command(before, tmp_path):
     assert first[1:] == [str(before), "train --config=a b"]
     assert second[1:] == [asked if before is None else f"{before}:{asked}", "train --config=a b"]
     assert first[0] == second[0], "another process"
+    assert last == ["on"]
+
+
+@glibc
+def test_a_variable_that_does_not_arrive_is_not_set_for_ever(tmp_path):
+    """The kernel takes it from a process with privileges of its file."""
+    first, second, last = said(tmp_path, "always [madvise] never", None, "deaf")
+    assert first[:2] == second[:2] == [first[0], "None"]
     assert last == ["on"]
 
 
@@ -64,15 +75,33 @@ def test_without_such_a_setting_it_goes_on(monkeypatch, tmp_path):
     pages.ask()
 
 
+@glibc
+def test_what_cannot_start_anew_goes_on_also_without_streams(monkeypatch, tmp_path):
+    tried = []
+
+    def execv(*command):
+        tried.append(command)
+        raise FileNotFoundError
+
+    (tmp_path / "enabled").write_text("always [madvise] never")
+    for name in (pages.NAME, pages.ASKED):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(pages, "SETTING", tmp_path / "enabled")
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(sys, "stdout", None)
+    pages.ask()
+    assert len(tried) == 1
+
+
 @pytest.mark.parametrize(
-    ("command", "given", "asks"),
-    [("train", None, True), ("info", None, False), ("train", ["train", "--no-such-flag"], False)],
+    ("run", "command", "asks"),
+    [(console, "train", True), (console, "info", False), (main, "train", False)],
 )
-def test_the_long_verbs_of_the_command_ask(command, given, asks, monkeypatch, capsys):
-    """And nobody who calls `main` with arguments: his process is his own."""
+def test_the_long_verbs_of_the_console_ask(run, command, asks, monkeypatch, capsys):
+    """And nobody who calls `main`: his process is his own."""
     asked = []
     monkeypatch.setattr(pages, "ask", lambda: asked.append(True))
     monkeypatch.setattr(sys, "argv", ["r1jax", command, "--no-such-flag"])
-    assert main(given) == 2
+    assert run() == 2
     assert asked == [True] * asks
     assert "error" in capsys.readouterr().err

@@ -40,8 +40,10 @@ def test_a_call_after_the_thread_compiles_nothing(compilations):
 
 
 FAILING = """
-import sys
+import atexit, sys
 import jax.numpy as jnp
+from r1jax.cli import command
+from r1jax.train import program as program_module
 from r1jax.train.program import Ahead, program
 
 def long(x):
@@ -50,13 +52,23 @@ def long(x):
     return x
 
 compiling = Ahead(program(long), jnp.ones((8, 8))).start()
-assert compiling._thread.is_alive()
-sys.exit(2)
+assert program_module.compiling()
+atexit.register(print, "in order")
 """
 
 
-def test_an_error_while_it_compiles_ends_the_process_in_order():
-    assert subprocess.run([sys.executable, "-c", FAILING], check=False).returncode == 2
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [
+        ("sys.exit(2)", "in order\n"),
+        # The console does not wait.
+        ("command.main = lambda: 2; print('failed'); sys.exit(command.console())", "failed\n"),
+    ],
+)
+def test_an_error_while_it_compiles_ends_the_process(end, says):
+    command = [sys.executable, "-c", FAILING + end, "info"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, says), done.stderr
 
 
 def test_what_cannot_be_traced_fails_at_once():
