@@ -82,6 +82,8 @@ class Sampling:
             raise ValueError(f"rerank={self.rerank} chooses among drafts: set draft to 1 or more")
         if self.always and not self.drafts:
             raise ValueError("always is about drafts: set draft to 1 or more")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must fit into 64 bits")
 
     @property
     def rules(self) -> Rules:

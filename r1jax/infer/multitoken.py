@@ -333,7 +333,7 @@ def advanced(s: Session, cache: Cache, hidden_BTD, drawn: Drawn, *, rules: Rules
         left_B=jnp.where(ended_B, 0, s.left_B - kept_B),
         tokens_BM=s.tokens_BM.at[row_B1, slot_BT].set(new_BT, mode="drop"),
         made_B=s.made_B + kept_B,
-        counts=s.counts + (tally * live_B).sum(1),
+        counts=s.counts + (tally * live_B).sum(1, dtype=jnp.int32),
     )
 
 
@@ -343,7 +343,7 @@ def _kept(new_BT, count_B, left_B, eos_ids: tuple[int, ...]):
     eos_BT = jnp.isin(new_BT, jnp.asarray(eos_ids, jnp.int32)) if eos_ids else new_BT < 0
     eos_BT &= jnp.arange(new_BT.shape[1]) < count_B[:, None]
     ended_B = eos_BT.any(1)
-    count_B = jnp.where(ended_B, eos_BT.argmax(1) + 1, count_B)
+    count_B = jnp.where(ended_B, jnp.argmax(eos_BT, 1).astype(jnp.int32) + 1, count_B)
     kept_B = jnp.minimum(count_B, left_B)
     return kept_B, ended_B & (count_B <= left_B)
 

@@ -89,7 +89,7 @@ def verify_greedy(best_BT: jax.Array, draft_BT: jax.Array, horizon_B: jax.Array)
 def _accepted(kept_BT: jax.Array, horizon_B: jax.Array) -> jax.Array:
     """[B] int32: drafts within the horizon before the first that is not kept."""
     kept_BT &= _before(horizon_B, kept_BT.shape[1])
-    return jnp.cumprod(kept_BT.astype(jnp.int32), axis=1).sum(1)
+    return jnp.cumprod(kept_BT.astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
 
 
 def _before(count_B: jax.Array, t: int) -> jax.Array:

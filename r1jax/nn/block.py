@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -167,9 +168,10 @@ def _written(cache_LBS: jax.Array, new_BT: jax.Array, layer, index) -> jax.Array
     row, but on GPUs, where each row would be a kernel of its own, at once.
     """
     new_BT = new_BT.astype(cache_LBS.dtype)
-    rest = (0,) * (cache_LBS.ndim - 3)
+    layer, none = jnp.asarray(layer, jnp.int32), np.int32(0)  # one dtype, whatever JAX's default
+    rest = (none,) * (cache_LBS.ndim - 3)
     if jnp.ndim(index) == 0:
-        return jax.lax.dynamic_update_slice(cache_LBS, new_BT[None], (layer, 0, index, *rest))
+        return jax.lax.dynamic_update_slice(cache_LBS, new_BT[None], (layer, none, index, *rest))
     if platform() == "gpu":
         rows, new = new_BT.shape[:2]
         first_B = jnp.clip(index, 0, cache_LBS.shape[2] - new)  # as slices are clipped
@@ -179,6 +181,7 @@ def _written(cache_LBS: jax.Array, new_BT: jax.Array, layer, index) -> jax.Array
 
     def row(b, cache):
         one = jax.lax.dynamic_index_in_dim(new_BT, b, keepdims=True)
-        return jax.lax.dynamic_update_slice(cache, one[None], (layer, b, index[b], *rest))
+        at = (layer, jnp.asarray(b, jnp.int32), index[b], *rest)
+        return jax.lax.dynamic_update_slice(cache, one[None], at)
 
     return jax.lax.fori_loop(0, index.shape[0], row, cache_LBS)

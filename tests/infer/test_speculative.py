@@ -266,6 +266,7 @@ def test_drafts_are_cheap_where_weights_come_from_memory(monkeypatch):
         (dict(max_tokens=0), "max_tokens"),
         (dict(drafts=9), "draft"),
         (dict(always=True), "set draft"),
+        (dict(seed=2**63), "seed"),
     ],
 )
 def test_impossible_sampling(changes, word):
@@ -285,6 +286,19 @@ def test_impossible_prompts(prompts, word):
 def test_drafts_need_the_module():
     with pytest.raises(ValueError, match="multi-token"):
         Generation(tiny.model(tiny.plain_model_config()), [[1]], Sampling(max_tokens=4, drafts=1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_it_decodes_whatever_the_default_dtypes_are(drafts, temperature):
+    """Numbers stay int32 and float32 where JAX would make 64 bits of them."""
+    model, prompts = tiny.model(tiny.model_config()), [[1, 2, 3, 4, 5], [6]]
+    sampling = Sampling(temperature, max_tokens=12, drafts=drafts)
+    wanted = generate(model, prompts, sampling)
+    with jax.enable_x64(True):
+        found = generate(model, prompts, sampling)
+    assert found == wanted or temperature  # noise of 64 bits is other noise
+    assert [len(row) for row in found] == [12, 12]
 
 
 def test_the_seed_makes_the_text():
