@@ -116,6 +116,6 @@ def quickstart() -> RecipeConfig:
         sft_2=sft(150, 3e-3),
         rl_2=rl(30, 6e-4),
         distill_data=RejectionConfig(problems=1280, samples=2, keep=2),
-        student_pretrain=sft(1000, 5e-3, 12, 64, examples=30_000),
+        student_pretrain=sft(1500, 5e-3, 12, 64, examples=45_000),
         distill=sft(450, 3e-3),
     )

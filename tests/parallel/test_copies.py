@@ -74,6 +74,7 @@ def test_copies_are_their_experts_and_give_their_gradients_back(way, monkeypatch
     np.testing.assert_allclose(back, sums[:8], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_step_with_copies():
     """All tokens ask for two experts, of which both devices of the mesh's axis get copies."""
     check_supervised(MeshConfig(expert=2, fsdp=4), cfg=copied(CFG, 2), worst=True)

@@ -86,13 +86,14 @@ def test_every_mesh_draws_what_one_device_draws(cfg, mesh):
     check(cfg, mesh, EXPLICIT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "kind", "redundant"),
     [
         (DEALT, AUTO, 4),
-        pytest.param(DEALT, EXPLICIT, 8, marks=pytest.mark.slow),
-        pytest.param(MeshConfig(expert=4, tensor=2), AUTO, 4, marks=pytest.mark.slow),
-        pytest.param(MeshConfig(expert=2, fsdp=2, context=2), AUTO, 2, marks=pytest.mark.slow),
+        (DEALT, EXPLICIT, 8),
+        (MeshConfig(expert=4, tensor=2), AUTO, 4),
+        (MeshConfig(expert=2, fsdp=2, context=2), AUTO, 2),
     ],
 )
 def test_redundant_experts_draw_the_same(mesh, kind, redundant):
