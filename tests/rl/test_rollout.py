@@ -138,6 +138,17 @@ def test_greedy_rows_are_the_argmax_of_the_full_forward_pass():
         assert completion.tolist() == best[len(start) - 1 : -1].tolist()
 
 
+def test_it_draws_whatever_the_default_dtypes_are():
+    """Under 64 bits too; the greedy rows are the same, other noise is drawn for the rest."""
+    wanted = draw()
+    with jax.enable_x64(True):
+        found = draw(eos_ids=(EOS, EOS))  # the same rule, a trace of its own
+    greedy = slice(None, None, GROUP)
+    np.testing.assert_array_equal(found.tokens_BT[greedy], wanted.tokens_BT[greedy])
+    np.testing.assert_array_equal(found.mask_BT[greedy], wanted.mask_BT[greedy])
+    assert found.tokens_BT.dtype == wanted.tokens_BT.dtype
+
+
 def test_logits_are_never_whole_in_the_trainer():
     """The gradient of completion log-probs needs far less than [B, T, vocabulary] float32."""
     vocab, rows, length = 3000, 512, 32

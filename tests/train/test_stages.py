@@ -28,7 +28,9 @@ WORDS = tiny.words(CFG)
 STEPS = 4
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
-    lambda event, *_, **of: COMPILED.append(of["fun_name"]) if "backend_compile" in event else None
+    lambda event, *_, fun_name="", **__: (
+        COMPILED.append(fun_name) if "backend_compile" in event else None
+    )
 )
 
 
