@@ -107,7 +107,8 @@ def run(layers: Block, x_BTD, rotation, sight, valid_BT, *, cfg: ModelConfig | D
         return jax.lax.scan(remade(body, cfg), x_BTD, layers, unroll=cfg.scan_unroll)
     made, body = [], jax.jit(body)  # traced once
     for layer in pieces(layers):
-        x_BTD, out = body(x_BTD, layer)
+        # The first layer's input is no embedding to XLA, but an array as any layer's.
+        x_BTD, out = body(jax.lax.optimization_barrier(x_BTD), layer)
         made.append(out)
     return x_BTD, jax.tree.map(lambda *xs: jnp.stack(xs), *made)
 

@@ -63,7 +63,8 @@ def _whole(hidden_BTD, head_DN, targets_BT, temperature) -> tuple[jax.Array, jax
         head_DN.astype(hidden_BTD.dtype),
         preferred_element_type=jnp.float32,
     )
-    logits = logits / temperature
+    scale = 1.0 / jnp.asarray(temperature, jnp.float32)
+    logits = jax.lax.optimization_barrier(logits * scale)
     norm_T = jax.nn.logsumexp(logits, axis=-1)
     # Chosen by a comparison: a gather's gradient is a scatter, which costs CPUs more than the rest.
     target_T, n = targets_BT.reshape(b * t), logits.shape[1]

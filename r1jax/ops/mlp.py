@@ -44,7 +44,8 @@ def _gated_forward(gate, up):
 
 
 def _gated_backward(residuals, given):
-    gate, up = residuals
+    # Else XLA:CPU makes the sigmoid once for both passes, as one array more.
+    gate, up = jax.lax.optimization_barrier(residuals)
     share = jax.nn.sigmoid(gate)
     slope = share * (1.0 + gate * (1.0 - share))  # of SiLU
     return jax.lax.optimization_barrier((given * up * slope, given * gate * share))

@@ -17,5 +17,5 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float = 1e-6) -> jax.Array:
         [..., D] in x's dtype.
     """
     x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale * weight_D.astype(jnp.float32)).astype(x.dtype)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1) + eps)
+    return (x32 * scale[..., None] * weight_D.astype(jnp.float32)).astype(x.dtype)

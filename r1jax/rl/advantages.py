@@ -32,15 +32,21 @@ def _group(reward_B: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
 def _differs(reward_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
     """[P, 1] bool: the valid rewards of the group are not all equal."""
     # By comparison: the variance of equal fractions (G times 0.1) is rounding error, not 0.
-    highest_P1 = jnp.max(jnp.where(valid_PG, reward_PG, -jnp.inf), axis=1, keepdims=True)
-    lowest_P1 = jnp.min(jnp.where(valid_PG, reward_PG, jnp.inf), axis=1, keepdims=True)
-    return highest_P1 > lowest_P1
+    differs_PGG = reward_PG[:, :, None] != reward_PG[:, None]
+    both_PGG = valid_PG[:, :, None] & valid_PG[:, None]
+    return jnp.any(differs_PGG & both_PGG, axis=(1, 2))[:, None]
+
+
+def _mean(x: jax.Array, valid: jax.Array, axis: int | None) -> tuple[jax.Array, jax.Array]:
+    """Mean along `axis` of the valid entries of x, which is 0 elsewhere, and their number."""
+    count = jnp.sum(valid, axis=axis, keepdims=True)
+    return jnp.sum(x, axis=axis, keepdims=True) / jnp.maximum(count, 1), count
 
 
 def _deviation(x: jax.Array, valid: jax.Array, axis: int | None, ddof: int) -> jax.Array:
-    """Standard deviation along `axis` of the valid entries of x; 0 for a single one."""
-    count = jnp.sum(valid, axis=axis, keepdims=True)
-    mean = jnp.sum(jnp.where(valid, x, 0), axis=axis, keepdims=True) / jnp.maximum(count, 1)
+    """Standard deviation along `axis` of the valid entries of x, which is 0 elsewhere; 0 for a
+    single one."""
+    mean, count = _mean(x, valid, axis)
     squares = jnp.sum(jnp.where(valid, jnp.square(x - mean), 0), axis=axis, keepdims=True)
     return jnp.sqrt(squares / jnp.maximum(count - ddof, 1))
 
@@ -76,9 +82,7 @@ def group_advantages(
       ValueError: B is not a multiple of `group_size`, or `scale` is none of the three.
     """
     reward_PG, valid_PG = _group(reward_B, group_size)
-    count_P1 = jnp.sum(valid_PG, axis=1, keepdims=True)
-    mean_P1 = jnp.sum(reward_PG, axis=1, keepdims=True) / jnp.maximum(count_P1, 1)
-    centred_PG = reward_PG - mean_P1
+    centred_PG = reward_PG - _mean(reward_PG, valid_PG, 1)[0]
     if scale == "group":
         advantage_PG = centred_PG / (_deviation(reward_PG, valid_PG, 1, ddof) + eps)
     elif scale == "batch":
@@ -109,8 +113,7 @@ def leave_one_out_advantages(reward_B: jax.Array, *, group_size: int) -> jax.Arr
       ValueError: B is not a multiple of `group_size`.
     """
     reward_PG, valid_PG = _group(reward_B, group_size)
-    count_P1 = jnp.sum(valid_PG, axis=1, keepdims=True)
-    mean_P1 = jnp.sum(reward_PG, axis=1, keepdims=True) / jnp.maximum(count_P1, 1)
+    mean_P1, count_P1 = _mean(reward_PG, valid_PG, 1)
     advantage_PG = (reward_PG - mean_P1) * count_P1 / jnp.maximum(count_P1 - 1, 1)
     return jnp.where(_differs(reward_PG, valid_PG) & valid_PG, advantage_PG, 0).reshape(-1)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from r1jax.infer.decode import Prompt, empty_cache, light, positions_of, prefill, step
+from r1jax.infer.decode import Prompt, empty_cache, light, prefill, step
 from r1jax.infer.redundant import Copies, served
 from r1jax.infer.sample import Sample, sample
 from r1jax.nn.param import as_used, specs
@@ -217,4 +217,7 @@ def rows_of(r: Rollout) -> Rows:
     repeat = lambda x: jnp.repeat(x, group, axis=0)  # noqa: E731
     tokens = jnp.concatenate([repeat(r.prompt_PS), r.tokens_BT], axis=1)
     valid = jnp.concatenate([repeat(r.prompt_valid_PS), r.mask_BT > 0], axis=1)
-    return Rows(tokens, positions_of(valid), valid.astype(jnp.int32))
+    s, length = r.prompt_PS.shape[1], tokens.shape[1]
+    padding_P1 = s - jnp.sum(r.prompt_valid_PS, axis=1, keepdims=True, dtype=jnp.int32)
+    place_PL = jnp.maximum(jnp.arange(length, dtype=jnp.int32) - padding_P1, 0)
+    return Rows(tokens, repeat(place_PL), valid.astype(jnp.int32))

@@ -12,8 +12,9 @@ from flax import nnx
 
 from r1jax import optim
 from r1jax.nn.param import RouterBias, initialise, specs
+from r1jax.ops.alike import flat, shaped
 from r1jax.ops.routing import balance_bias
-from r1jax.sharding import kept, platform
+from r1jax.sharding import kept
 
 FADING = 0.9  # weight of loads after one update more
 POOLED = 1 << 22  # values of gradients that are put together for their norm
@@ -146,7 +147,7 @@ def update(
             the layers of the stack, then the MTP module if it ran.
         optimizer: treats each value by itself, but for the norm that it is told.
     """
-    grads, params, opt = _flat((grads, state.params, state.opt))
+    grads, params, opt = flat((grads, state.params, state.opt))
     norm = _norm(jax.tree.leaves(grads))
     good = jnp.isfinite(norm)
     optimizer = optax.with_extra_args_support(optimizer)
@@ -156,7 +157,7 @@ def update(
     keep = lambda new, old: jax.tree.map(  # noqa: E731
         lambda n, o: jnp.where(good, n, o), new, old
     )
-    params, opt = _shaped(keep(moved, (params, opt)), (state.params, state.opt))
+    params, opt = shaped(keep(moved, (params, opt)), (state.params, state.opt))
     state = TrainState(
         state.step + 1,
         params,
@@ -180,27 +181,6 @@ def _norm(gradients: list[jax.Array]) -> jax.Array:
     if all(g.ndim == 1 for g in gradients) and sum(g.size for g in gradients) <= POOLED:
         gradients = [jnp.concatenate(gradients)]
     return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradients))
-
-
-def _alone_on_cpu() -> bool:
-    return jax.sharding.get_abstract_mesh().empty and platform() == "cpu"
-
-
-def _flat(tree: Any) -> Any:
-    """The arrays as vectors, on a CPU and where no mesh cuts them: those of one size share a kernel
-    then, and compiling kernels is what a CPU's first step waits for. A TPU would copy them."""
-    if not _alone_on_cpu():
-        return tree
-    # XLA would move the shapes back into the kernels.
-    return jax.lax.optimization_barrier(jax.tree.map(lambda x: x.reshape(-1), tree))
-
-
-def _shaped(tree: Any, like: Any) -> Any:
-    """The inverse of `_flat`."""
-    if not _alone_on_cpu():
-        return tree
-    tree = jax.lax.optimization_barrier(tree)
-    return jax.tree.map(lambda x, old: x.reshape(old.shape), tree, like)
 
 
 def balance(router: nnx.State, load_LE: jax.Array, speed: jax.Array | float) -> nnx.State:
