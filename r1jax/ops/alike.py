@@ -8,6 +8,7 @@ and so does all that is done to them.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -24,24 +25,28 @@ def hidden(i: int) -> jax.Array:
 def flat(tree: Any, *, kept: int = 0) -> Any:
     """The arrays with all axes behind the first `kept` as one, on a CPU and where no mesh cuts
     them. A TPU would copy them."""
-    if not _alone_on_cpu():
+    if not _alone_on_cpu(tree):
         return tree
+
+    def one(x):
+        return x.reshape(*x.shape[:kept], math.prod(x.shape[kept:]))
+
     # XLA would move the shapes back into the kernels.
-    return jax.lax.optimization_barrier(
-        jax.tree.map(lambda x: x.reshape(*x.shape[:kept], -1), tree)
-    )
+    return jax.lax.optimization_barrier(jax.tree.map(one, tree))
 
 
 def shaped(tree: Any, like: Any) -> Any:
     """What `flat` made of arrays shaped as those of `like`, in their shapes again."""
-    if not _alone_on_cpu():
+    if not _alone_on_cpu(tree):
         return tree
     tree = jax.lax.optimization_barrier(tree)
     return jax.tree.map(lambda x, old: x.reshape(old.shape), tree, like)
 
 
-def _alone_on_cpu() -> bool:
-    return jax.sharding.get_abstract_mesh().empty and present()[0] == "cpu"
+def _alone_on_cpu(tree: Any) -> bool:
+    if not jax.sharding.get_abstract_mesh().empty or present()[0] != "cpu":
+        return False
+    return all(jax.typeof(x).sharding.mesh.empty for x in jax.tree.leaves(tree))
 
 
 def pieces(tree: Any) -> list[Any]:

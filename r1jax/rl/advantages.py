@@ -32,9 +32,9 @@ def _group(reward_B: jax.Array, group_size: int) -> tuple[jax.Array, jax.Array]:
 def _differs(reward_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
     """[P, 1] bool: the valid rewards of the group are not all equal."""
     # By comparison: the variance of equal fractions (G times 0.1) is rounding error, not 0.
-    differs_PGG = reward_PG[:, :, None] != reward_PG[:, None]
-    both_PGG = valid_PG[:, :, None] & valid_PG[:, None]
-    return jnp.any(differs_PGG & both_PGG, axis=(1, 2))[:, None]
+    highest_P1 = jnp.max(jnp.where(valid_PG, reward_PG, -jnp.inf), axis=1, keepdims=True)
+    lowest_P1 = jnp.min(jnp.where(valid_PG, reward_PG, jnp.inf), axis=1, keepdims=True)
+    return highest_P1 > lowest_P1
 
 
 def _mean(x: jax.Array, valid: jax.Array, axis: int | None) -> tuple[jax.Array, jax.Array]:

@@ -202,7 +202,7 @@ class Rows(NamedTuple):
 
     Attributes:
         tokens_BL: [B, S + T] int32.
-        positions_BL: [B, S + T] int32, padding not counted.
+        positions_BL: [B, S + T] int32 from 0 at a prompt's first token on; also behind the end.
         segments_BL: [B, S + T] int32, 1 on real tokens, 0 on padding.
     """
 

@@ -33,3 +33,29 @@ def test_equal_pieces_share_a_kernel():
     text = jax.jit(both).lower(jnp.ones((2, 64))).compile().as_text()
     assert text.count("dynamic-slice(") == 2
     assert not re.search(r" slice\(", text)
+
+
+def test_pieces_of_one_size_share_a_kernel_whatever_their_shape():
+    def cut(x, y):
+        return [jnp.sin(a).sum() + jnp.cos(b).sum() for a, b in pieces((x, y))]
+
+    text = jax.jit(cut).lower(jnp.ones((2, 4, 16)), jnp.ones((2, 64))).compile().as_text()
+    assert len(set(re.findall(r"= (\S+) dynamic-slice\(", text))) == 1
+
+
+def test_nothing_has_no_pieces():
+    assert pieces({"a": jnp.zeros((0, 3)), "b": jnp.zeros((0, 2, 2))}) == []
+
+
+def test_pieces_may_be_empty():
+    first, second = pieces([jnp.zeros((2, 0)), jnp.arange(2)])
+    assert first[0].shape == (0,)
+    assert int(second[1]) == 1
+
+
+def test_arrays_that_devices_share_are_cut_as_they_lie():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    lies = jax.NamedSharding(mesh, jax.P(None, None, "x"))
+    x = jax.device_put(jnp.arange(96.0).reshape(3, 4, 8), lies)
+    for i, piece in enumerate(jax.jit(pieces)(x)):
+        np.testing.assert_array_equal(piece, np.asarray(x)[i])
