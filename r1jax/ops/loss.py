@@ -64,7 +64,7 @@ def _whole(hidden_BTD, head_DN, targets_BT, temperature) -> tuple[jax.Array, jax
         preferred_element_type=jnp.float32,
     )
     scale = 1.0 / jnp.asarray(temperature, jnp.float32)
-    # XLA:CPU then compiles one forward pass for uses with a gradient and without.
+    # Behind a barrier forward passes with a gradient and without share kernels on XLA:CPU.
     logits = jax.lax.optimization_barrier(logits * scale)
     norm_T = jax.nn.logsumexp(logits, axis=-1)
     # Chosen by a comparison: a gather's gradient is a scatter, which costs CPUs more than the rest.
