@@ -13,6 +13,7 @@ they equal the whole array's where b divides the pieces.
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,9 @@ import jax.numpy as jnp
 from pallas_kernels.chips import present
 from pallas_kernels.fp8_matmul import fp8_linear
 from pallas_kernels.fp8_matmul.api import pad
-from pallas_kernels.fp8_matmul.ref import of_blocks, of_tiles
+from pallas_kernels.fp8_matmul.ref import of_blocks
 from pallas_kernels.fp8_quantize import quantize_blocks, quantize_tiles
+from pallas_kernels.scaled import Scaled
 
 
 @dataclass(frozen=True)
@@ -85,18 +87,37 @@ def seen(w: jax.Array, fp8: FP8 | None, *, axes: int = 1) -> jax.Array:
     return of_blocks(blocks, fp8.block)[:k, :n].reshape(w.shape).astype(w.dtype)
 
 
+def tiled(x: jax.Array, fp8: FP8) -> Scaled:
+    """Activations or gradients [..., K] in E4M3: values [..., K], scale [..., ⌈K / b⌉]."""
+    rows = pad(x.reshape(-1, x.shape[-1]), fp8.block, (1,))
+    tiles = quantize_tiles(rows, block=fp8.block, power_of_two=fp8.power_of_two)
+    values = tiles.values[:, : x.shape[-1]].reshape(x.shape)
+    return Scaled(values, tiles.scale.reshape(*x.shape[:-1], -1))
+
+
+def untiled(tiles: Scaled, fp8: FP8, dtype: Any) -> jax.Array:
+    """[..., K] of `tiled`: values · scale, rounded to `dtype` once."""
+    scale = jnp.repeat(tiles.scale, fp8.block, -1)[..., : tiles.values.shape[-1]]
+    return (tiles.values.astype(jnp.float32) * scale).astype(dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def rounded(x: jax.Array, fp8: FP8) -> jax.Array:
     """Activations [..., K] as the recipe's products see them; the gradient passes as it is.
 
     `linear` of it is `linear` of x: what is rounded once is not changed by rounding it again.
     """
-    rows = pad(x.reshape(-1, x.shape[-1]), fp8.block, (1,))
-    tiles = quantize_tiles(rows, block=fp8.block, power_of_two=fp8.power_of_two)
-    return of_tiles(tiles, fp8.block)[:, : x.shape[-1]].reshape(x.shape).astype(x.dtype)
+    return untiled(tiled(x, fp8), fp8, x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gradient_rounded(y: jax.Array, fp8: FP8) -> jax.Array:
+    """y [..., K]; it is the gradient that is `rounded` on its way back."""
+    return y
 
 
 rounded.defvjp(lambda x, fp8: (rounded(x, fp8), None), lambda fp8, _, given: (given,))
+gradient_rounded.defvjp(lambda y, fp8: (y, None), lambda fp8, _, given: (rounded(given, fp8),))
 
 
 def _as_matrices(*arrays: jax.Array) -> bool:

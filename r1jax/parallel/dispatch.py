@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.ops.experts import choose
-from r1jax.ops.linear import FP8
+from r1jax.ops.linear import FP8, gradient_rounded, rounded
 from r1jax.parallel.rounds import Room, Weights, computed, in_rounds, mine
+from r1jax.parallel.wire import from_all, to_all
 from r1jax.sharding import carriers, count, platform
 
 FEW = 256  # rows: a buffer need not be smaller
@@ -69,7 +70,9 @@ def dispatch(
         pieces: T is gone through in so many, each dispatched by itself: buffers are that smaller.
             Fewer where T is small, see `no_smaller`.
         sparse: the way; None lets the platform choose.
-        fp8: of the experts' products: `fp8_experts`.
+        fp8: the recipe, for the experts' products (`fp8_experts`) and for what is sent (`wire`).
+            On one device tokens and gradients are rounded as if they were sent: no mesh changes
+            what is computed.
 
     Returns:
         ([T, D] in x's dtype, scalar float32: pieces whose buffers would have overflown).
@@ -78,8 +81,9 @@ def dispatch(
     if ranks == 1:
         values = weights[0].shape[1] * weights[0].shape[2]
         how = choose(*index_TK.shape, held, platform(), values=values)
+        x_TD = x_TD if fp8 is None else rounded(x_TD, fp8)
         y_TD = computed(x_TD, index_TK, weight_TK, weights, fp8=fp8, how=how)
-        return y_TD, jnp.float32(0.0)
+        return y_TD if fp8 is None else gradient_rounded(y_TD, fp8), jnp.float32(0.0)
     k = index_TK.shape[1]
     pieces = no_smaller(pieces, len(x_TD) * k)
     size = room(-(-len(x_TD) // pieces), k, ranks, held, reach=reach, slack=slack)
@@ -108,11 +112,12 @@ def _gathered(x_TD, index_TK, weight_TK, weights, size: Room, *, fp8):
     dtypes, wide = [w.dtype for w in weights], [w.astype(jnp.float32) for w in weights]
 
     def one(_, piece):
-        x, index_tK, weight_tK = (jax.lax.all_gather(p, axis, tiled=True) for p in piece)
+        x = to_all(piece[0], axis, fp8)
+        index_tK, weight_tK = (jax.lax.all_gather(p, axis, tiled=True) for p in piece[1:])
         here_tK, rows = mine(index_tK, weights), len(x) * min(k, held)
         narrow = tuple(w.astype(d) for w, d in zip(wide, dtypes, strict=True))
         y = computed(x, here_tK, weight_tK, narrow, fp8=fp8, how=how, rows=rows)
-        return None, jax.lax.psum_scatter(y, axis, tiled=True)
+        return None, from_all(y, axis, fp8)
 
     xs = (_cut(x_TD, pieces), _cut(index_TK, pieces, ranks * held), _cut(weight_TK, pieces))
     if pieces == 1:

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.scaled import Scaled
 from r1jax.ops.deal import Slots, laid_out, slots, summed
 from r1jax.ops.experts import experts, fp8_experts
-from r1jax.ops.linear import FP8
+from r1jax.ops.linear import FP8, tiled, untiled
 from r1jax.parallel.exchange import exchange
+from r1jax.parallel.wire import in_tiles
 from r1jax.sharding import carriers, count, index, platform, total
 
 ROUNDS = "dispatch_rounds"  # scope of the loop over items
@@ -83,12 +85,12 @@ def in_rounds(how: tuple[Room, FP8 | None], rows, weights: Weights):
 
     def turn(j, carry):
         (ticket, here), done, y_PTD = carry
-        coming = _send(rows, j + 1, rounds_P, weights, size)
+        coming = _send(rows, j + 1, rounds_P, weights, how)
         y_RD = computed(*here, weights, fp8=fp8, rows=size.computed)
         return coming, (ticket, y_RD), bring(y_PTD, done)
 
     with jax.named_scope(ROUNDS):
-        first = _send(rows, 0, rounds_P, weights, size)
+        first = _send(rows, 0, rounds_P, weights, how)
         none = _nobody(first[0]), jnp.zeros_like(first[1].x_RD)
         start = first, none, jnp.zeros_like(rows[0])
         _, done, y_PTD = jax.lax.fori_loop(0, rounds_P.sum(), turn, start)
@@ -104,8 +106,9 @@ def _backward(how, kept, given):
     (size, fp8), (rows, rounds_P, weights), given_PTD = how, kept, given[0]
 
     def send(j):
-        ticket, here = _send(rows, j, rounds_P, weights, size)
-        return ticket, here, _there(given_PTD[ticket.piece], ticket, size)
+        ticket, here = _send(rows, j, rounds_P, weights, how)
+        there = lambda given: _there(given, ticket, size)  # noqa: E731
+        return ticket, here, in_tiles(there, given_PTD[ticket.piece], fp8)
 
     def bring(sums, done):
         ticket, *brought = done
@@ -152,23 +155,37 @@ def computed(x_TD, index_TK, weight_TK, weights: Weights, *, fp8: FP8 | None, ro
     return fp8_experts(*operands, fp8=fp8, rows=rows)
 
 
-def _send(rows, j, rounds_P, weights: Weights, size: Room) -> tuple[Ticket, Rows]:
-    """Item j to the ranks of its experts; behind the last item there are empty ones."""
+def _send(rows, j, rounds_P, weights: Weights, how: tuple[Room, FP8 | None]):
+    """(ticket, rows) of item j, sent to its experts' ranks; behind the last item are empty ones."""
+    size, fp8 = how
     ranks, held = count("expert"), weights[0].shape[0]
     x_PTD, index_PTK, weight_PTK = rows
+    k = index_PTK.shape[2]
     piece, mine_T = _item(j, rounds_P, index_PTK.shape[1:], weights, size)
     index_TK = jnp.where(mine_T[:, None], index_PTK[piece], ranks * held)
     where = slots(index_TK // held, ranks, size.sent)
     (axis,) = carriers("expert")
     ticket = Ticket(piece, where, jax.lax.all_gather(where.count_n, axis))
     with jax.named_scope("dispatch"):
-        x_RD = _there(x_PTD[piece], ticket, size)
+        x_TD, numbers = x_PTD[piece], [index_TK + 1, _bits(weight_PTK[piece])]
+        if fp8 is not None:  # scales travel with the other numbers: TPUs send 128 in any case
+            x_TD, scale = tiled(x_TD, fp8)
+            numbers.append(_bits(scale))
+        x_RD = _there(x_TD, ticket, size)
         # Rows that nobody sends are 0: they have no expert.
-        bits_TK = jax.lax.bitcast_convert_type(weight_PTK[piece], jnp.int32)
-        both_R2K = _there(jnp.concatenate([index_TK + 1, bits_TK], 1), ticket, size)
-        index_RK, bits_RK = jnp.split(both_R2K, 2, axis=1)
-        weight_RK = jax.lax.bitcast_convert_type(bits_RK, jnp.float32)
-    return ticket, Rows(x_RD, mine(index_RK - 1, weights), weight_RK)
+        got_R = _there(jnp.concatenate(numbers, 1), ticket, size)
+        index_RK, bits_RK, scale_R = jnp.split(got_R, (k, 2 * k), axis=1)
+        if fp8 is not None:
+            x_RD = untiled(Scaled(x_RD, _floats(scale_R)), fp8, x_PTD.dtype)
+    return ticket, Rows(x_RD, mine(index_RK - 1, weights), _floats(bits_RK))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _floats(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.float32)
 
 
 def _there(x_TD: jax.Array, ticket: Ticket, size: Room) -> jax.Array:

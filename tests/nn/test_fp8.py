@@ -27,6 +27,7 @@ from r1jax.nn.stats import RouterStats
 from r1jax.ops import experts, linear
 from r1jax.ops.linear import FP8
 from r1jax.optim import adamw
+from r1jax.parallel import dispatch
 from r1jax.parallel.mesh import make_mesh
 from r1jax.sharding import local, spec
 from r1jax.train.state import Controls
@@ -145,11 +146,20 @@ def numpy_rounded(x, fp8):
     return x + jax.lax.stop_gradient(found - x)
 
 
+def numpy_gradient_rounded(y, fp8):
+    """`gradient_rounded` likewise."""
+    run = jax.custom_vjp(lambda y: y)
+    run.defvjp(lambda y: (y, None), lambda _, given: (numpy_rounded(given, fp8),))
+    return run(y)
+
+
 def test_loss_and_gradients_are_those_of_numpys_products(monkeypatch):
     state, metrics = on_one_device()
     monkeypatch.setattr(linear, "fp8_linear", numpy_linear)
     monkeypatch.setattr(experts, "fp8_grouped_linear", numpy_grouped)
-    monkeypatch.setattr(mla, "rounded", numpy_rounded)
+    for module in (mla, dispatch):
+        monkeypatch.setattr(module, "rounded", numpy_rounded)
+    monkeypatch.setattr(dispatch, "gradient_rounded", numpy_gradient_rounded)
     wanted, expected = train_step()(start(), batch())
     for name in ("loss", "mtp_loss"):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
@@ -216,18 +226,19 @@ def conversions(jaxpr) -> int:
 
 
 def test_nothing_else_is_quantised():
-    """Two operands of every product, and the latents once more: norms, router, head have none."""
-    attention, swiglu, mtp = 2 * 7 + 1, 2 * 3, 2
+    """Two operands of every product, the latents and what goes to the experts once more: norms,
+    router, head have none."""
+    attention, swiglu, sent, mtp = 2 * 7 + 1, 2 * 3, 1, 2
     tokens = models.whole_rows(models.tokens(1, 2, 7))
 
     def both(model):
         out = model(*tokens)
         return out, model.predict_second(out.hidden_BTD, *tokens), model.head_DN()
 
-    program = jax.make_jaxpr(both)(jax.eval_shape(lambda: models.model(CFG)))
-    assert conversions(program.jaxpr) == 2 * (attention + 2 * swiglu) + mtp
+    program = jax.make_jaxpr(both)(models.model(CFG))
+    assert conversions(program.jaxpr) == 2 * (attention + 2 * swiglu + sent) + mtp
     plain = dataclasses.replace(CFG, fp8=FP8Config())
-    program = jax.make_jaxpr(both)(jax.eval_shape(lambda: models.model(plain)))
+    program = jax.make_jaxpr(both)(models.model(plain))
     assert conversions(program.jaxpr) == 0
 
 

@@ -11,7 +11,7 @@ import pytest
 from r1jax.ops import linear as module
 from r1jax.ops.attention import LatentPart, causal_mask, mla_absorbed, mla_naive
 from r1jax.ops.experts import fp8_experts
-from r1jax.ops.linear import FP8, linear, rounded, seen
+from r1jax.ops.linear import FP8, gradient_rounded, linear, rounded, seen, tiled, untiled
 from r1jax.ops.quant import BlockScaled, Layout, quantise
 from tests.ops import fp8_reference as reference
 
@@ -133,6 +133,28 @@ def test_what_is_rounded_stays_as_it_is(recipe):
     np.testing.assert_array_equal(back(dy)[0], dy)
     one, other = (linear("btd,dc->btc", a, w, fp8) for a in (once, x))
     close(one, other)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tiles_hold_what_is_rounded(recipe, dtype):
+    """Also of a last tile that is not full, and of rows of nothing."""
+    fp8 = RECIPES[recipe]
+    x = drawn(3, (2, 5, 7))[0].astype(dtype).at[0, 1].set(0)
+    tiles = tiled(x, fp8)
+    assert (tiles.values.shape, tiles.scale.shape) == (x.shape, (2, 5, -(-7 // BLOCK)))
+    again = untiled(tiles, fp8, x.dtype)
+    assert again.dtype == x.dtype
+    np.testing.assert_array_equal(again, rounded(x, fp8))
+    np.testing.assert_array_equal(again[0, 1], 0)
+
+
+def test_a_gradient_is_rounded_on_its_way_back():
+    fp8 = RECIPES["plain"]
+    y, given = drawn(4, (3, 7), (3, 7))
+    out, back = jax.vjp(lambda y: gradient_rounded(y, fp8), y)
+    np.testing.assert_array_equal(out, y)
+    np.testing.assert_array_equal(back(given)[0], rounded(given, fp8))
 
 
 def test_weights_as_their_products_see_them():

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from r1jax.config import MeshConfig, OptimConfig
+from r1jax.config import FP8Config, MeshConfig, OptimConfig
 from r1jax.infer.redundant import served
 from r1jax.nn.param import RouterBias, specs
 from r1jax.nn.transformer import Transformer
@@ -71,11 +71,15 @@ def eight():
 
 
 @pytest.mark.slow
-def test_the_sparse_dispatch_compiles_for_a_tpu(eight):
+@pytest.mark.parametrize("fp8", [False, True], ids=["wide", "fp8"])
+def test_the_sparse_dispatch_compiles_for_a_tpu(eight, fp8):
     """And is there: tokens travel by the ragged exchange, in rounds, and by no other way."""
-    compiled = lowered(REMADE, rows=32, length=128).compile()
+    cfg = dataclasses.replace(REMADE, fp8=FP8Config(enabled=fp8))
+    compiled = lowered(cfg, rows=32, length=128).compile()
     text = compiled.as_text()
-    assert "ragged-all-to-all" in text
+    sent = [line for line in text.splitlines() if "ragged-all-to-all-start(" in line]
+    assert sent
+    assert any("f8e4m3fn" in line for line in sent) == fp8
     assert ROUNDS in text
     assert "conditional(" not in text
     assert compiled.memory_analysis().temp_size_in_bytes > 0

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts over a mesh equal a loop over tokens, in value and gradient, at any load."""
 
+import collections
 import functools
 import itertools
 
@@ -10,6 +11,7 @@ import pytest
 
 from r1jax.config import MeshConfig
 from r1jax.ops.experts import experts
+from r1jax.ops.linear import FP8
 from r1jax.parallel import dispatch as D
 from r1jax.parallel.mesh import make_mesh
 from r1jax.sharding import local, spec
@@ -18,6 +20,8 @@ from r1jax.sharding import local, spec
 FLOAT32 = 2e-5
 TOKENS, DIM, HIDDEN, EXPERTS, K = 320, 3, 4, 8, 2
 RANKS = 4
+# E4M3 rounds by a sixteenth at most. Tiles of two values of a token, and of two rows.
+RECIPE, TILES = FP8(2, False), 0.1
 
 
 def drawn():
@@ -51,14 +55,14 @@ def by_hand(x, index, weight, weights):
 
 
 @functools.cache
-def program(sparse, pieces=1):
+def program(sparse, pieces=1, fp8=None):
     """(y, overflow), and the gradient of Σ y·given to tokens, mixing weights and experts."""
 
     def run(index, given, x, weight, weights):
         rows, held = spec("batch", None), (spec("expert", None, None),) * 3
 
         def one(x, index, weight, weights):
-            how = dict(reach=K, slack=1.5, sparse=sparse, pieces=pieces)
+            how = dict(reach=K, slack=1.5, sparse=sparse, pieces=pieces, fp8=fp8)
             return D.dispatch(x, index, weight, weights, **how)
 
         cut = local(one, (rows, rows, rows, held), (rows, spec()))
@@ -68,11 +72,10 @@ def program(sparse, pieces=1):
     return jax.jit(jax.grad(run, argnums=(2, 3, 4), has_aux=True))
 
 
-def found(load, sparse, pieces=1):
+def found(load, sparse, pieces=1, fp8=None, ranks=RANKS):
     x, weight, weights, given = drawn()
-    devices = jax.devices()[:RANKS]
-    with jax.set_mesh(make_mesh(MeshConfig(expert=RANKS), devices)):
-        grads, (y, over) = program(sparse, pieces)(loads(load), given, x, weight, weights)
+    with jax.set_mesh(make_mesh(MeshConfig(expert=ranks), jax.devices()[:ranks])):
+        grads, (y, over) = program(sparse, pieces, fp8)(loads(load), given, x, weight, weights)
     return jax.tree.map(np.asarray, (y, grads, over))
 
 
@@ -114,6 +117,54 @@ def test_each_piece_goes_in_its_own_rounds(load, overflown, monkeypatch):
     for g, e in zip(jax.tree.leaves(grads), expected, strict=True):
         np.testing.assert_allclose(g, e, rtol=FLOAT32, atol=FLOAT32 * np.abs(e).max())
     assert over == overflown
+
+
+@pytest.mark.parametrize("load", ["even", "skewed", "nowhere"])
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "gathered"])
+def test_what_is_sent_in_fp8_is_what_one_device_computes(sparse, load):
+    """Tiles along the rows of the weights' gradients lie elsewhere on a mesh: other roundings."""
+    y, (*rows, held), _ = found(load, sparse, fp8=RECIPE)
+    alone, (*expected, wanted), _ = found(load, sparse, fp8=RECIPE, ranks=1)
+    for g, e in zip((y, *rows), (alone, *expected), strict=True):
+        np.testing.assert_allclose(g, e, rtol=FLOAT32, atol=FLOAT32 * np.abs(e).max())
+    for g, e in zip(held, wanted, strict=True):
+        assert 0 < np.linalg.norm(g - e) < TILES * np.linalg.norm(e)
+    exact, (d_x, *_), _ = found(load, sparse)
+    for g, e in ((y, exact), (rows[0], d_x)):
+        assert 0 < np.linalg.norm(g - e) < TILES * np.linalg.norm(e)
+
+
+def crossing(jaxpr):
+    """(primitive, dtype) of all rows of DIM values that cross devices in a program."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("all_gather", "reduce_scatter", "ragged_all_to_all"):
+            x = eqn.invars[0].aval
+            if x.ndim > 1 and x.shape[-1] == DIM:
+                yield eqn.primitive.name, x.dtype.name
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = inner if hasattr(inner, "eqns") else getattr(inner, "jaxpr", None)
+            if inner is not None:
+                yield from crossing(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "gathered"])
+def test_tokens_and_gradients_cross_in_fp8_and_sums_do_not(sparse):
+    """Here the exchange is a gather, by which sums come back as well."""
+    x, weight, weights, given = drawn()
+    seen = {}
+    with jax.set_mesh(make_mesh(MeshConfig(expert=RANKS), jax.devices()[:RANKS])):
+        for fp8 in (None, RECIPE):
+            run = jax.make_jaxpr(program(sparse, fp8=fp8))
+            jaxpr = run(loads("even"), given, x, weight, weights).jaxpr
+            seen[fp8] = collections.Counter(crossing(jaxpr))
+    there, narrow = ("all_gather", "float32"), ("all_gather", "float8_e4m3fn")
+    back = there if sparse else ("reduce_scatter", "float32")
+    assert set(seen[None]) == {there, back}
+    assert set(seen[RECIPE]) == {narrow, back}
+    if sparse:
+        assert seen[None][there] == seen[RECIPE][narrow] + seen[RECIPE][back]
+    else:
+        assert seen[None][there] == seen[RECIPE][narrow]
 
 
 @pytest.mark.parametrize(("few", "pieces"), [(256, 1), (64, 2), (16, 8)])
