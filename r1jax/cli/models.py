@@ -2,6 +2,7 @@
 """The verbs about models: import, export, generate, chat, info."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -98,6 +99,8 @@ def _sampling(verb: argparse.ArgumentParser) -> None:
     add("--rerank", type=int, default=0, metavar="K", help="keep the best of K drafts, unverified")
     add("--system", default=None, help="the system turn, if the template has one")
     add("--dtype", choices=DTYPES, default="stored", help="of the weights (default: as they are)")
+    about = "multiply in E4M3 by DeepSeek's recipe; blocks of the checkpoint as they are"
+    add("--fp8", action="store_true", help=about)
     _ignore(verb)
 
 
@@ -273,10 +276,14 @@ def _write(text: str) -> None:
 
 
 def _with_tokenizer(args: argparse.Namespace) -> Any:
+    from r1jax.infer.generate import prepared
+    from r1jax.io.model import in_fp8
+
     model = opened(args)
     if model.tokenizer is None:
         raise ValueError(f"{args.source}: has no tokenizer.json, so it cannot read a prompt")
-    return model
+    model = in_fp8(model) if args.fp8 else model
+    return dataclasses.replace(model, module=prepared(model.module))
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.nn.block import Entry, Step, run_cached
-from r1jax.nn.param import as_used
+from r1jax.nn.param import resident
 from r1jax.sharding import constrain
 
 
@@ -35,12 +35,13 @@ def positions_of(valid_BT: jax.Array) -> jax.Array:
 
 
 def light(model):
-    """The model with its weights as layers use them, so that no token waits for a cast of all.
+    """The model with its weights as layers use them, so that no token waits for a cast of all, or
+    by the FP8 recipe for blocks of all.
 
     Not so on a mesh: a second copy of what is large enough to be cut is memory that caches need.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return as_used(model) if mesh.empty or mesh.size == 1 else model
+    return resident(model) if mesh.empty or mesh.size == 1 else model
 
 
 def prefill(model, tokens_PS: jax.Array, valid_PS: jax.Array) -> Prompt:

@@ -28,6 +28,7 @@ from r1jax.infer.sample import draw
 from r1jax.infer.speculative import Costs, best_horizon, hope
 from r1jax.infer.unrolled import cache_for_decoding, for_decoding, stacked
 from r1jax.nn.count import read_by_draft, read_by_pass
+from r1jax.nn.param import resident
 
 ROOM = 64  # tokens that one call of the compiled loop can make
 SHORT = 8  # entries that a drafter catches up with by a smaller program
@@ -167,6 +168,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[list[list[int]]]:
         began = time.perf_counter()
+        self.model = prepared(self.model)
         session = self._session = self._prefill()
         first = np.asarray(session.token_B)[:, None].tolist()
         rows = len(first)
@@ -276,6 +278,16 @@ def generate(model, prompts: Sequence[Sequence[int]], sampling: Sampling) -> lis
         for row, tokens in zip(out, new, strict=True):
             row += tokens
     return out
+
+
+def prepared(model):
+    """The model with what the FP8 recipe makes of its weights made once, where every token would
+    make it; done already, without the recipe, or on a mesh, the model itself."""
+    alone = jax.sharding.get_abstract_mesh().empty
+    return _resident(model) if alone and model.cfg.fp8.enabled else model
+
+
+_resident = jax.jit(resident)
 
 
 def draft_costs(model, rows: int) -> Costs:

@@ -6,6 +6,7 @@ weights/        one Orbax checkpoint
 tokenizer.json  tokenizer_config.json
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -85,6 +86,16 @@ def open_model(
     tokenizer = _tokenizer(source, cfg)
     module = hf_load.load(source, cfg, dtype=dtype, mesh=mesh, progress=progress)
     return Model(cfg, module, tokenizer, dict(source.config))
+
+
+def in_fp8(model: Model) -> Model:
+    """The model with DeepSeek's FP8 recipe for its products; its values stay as they are.
+
+    Blocks that were kept as stored are the ones that products take.
+    """
+    cfg = dataclasses.replace(model.cfg, fp8=dataclasses.replace(model.cfg.fp8, enabled=True))
+    values = {name: variable.get_value() for name, variable in leaves(model.module).items()}
+    return dataclasses.replace(model, cfg=cfg, module=filled(blank(cfg), values))
 
 
 def open_source(path: Path) -> Source:

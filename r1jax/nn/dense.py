@@ -24,10 +24,10 @@ class GQA(nnx.Module):
     def __init__(self, cfg: DenseConfig):
         d, h, j, k = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         std = cfg.init_std
-        self.w_q = param.normal((d, h, k), ("embed", "heads", None), std)
-        self.w_k = param.normal((d, j, k), ("embed", "heads", None), std)
-        self.w_v = param.normal((d, j, k), ("embed", "heads", None), std)
-        self.w_o = param.normal((h, k, d), ("heads", None, "embed"), std)
+        self.w_q = param.linear((d, h, k), ("embed", "heads", None), std)
+        self.w_k = param.linear((d, j, k), ("embed", "heads", None), std)
+        self.w_v = param.linear((d, j, k), ("embed", "heads", None), std)
+        self.w_o = param.linear((h, k, d), ("heads", None, "embed"), std, inputs=2)
         self.biased = cfg.qkv_bias
         if self.biased:
             self.b_q = param.constant(0.0, (h, k), ("heads", None))

@@ -40,9 +40,9 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, dim: int, hidden: int, *, std: float, fp8: FP8 | None = None):
         self.fp8 = fp8
-        self.w_gate = param.normal((dim, hidden), ("embed", "mlp"), std)
-        self.w_up = param.normal((dim, hidden), ("embed", "mlp"), std)
-        self.w_down = param.normal((hidden, dim), ("mlp", "embed"), std)
+        self.w_gate = param.linear((dim, hidden), ("embed", "mlp"), std)
+        self.w_up = param.linear((dim, hidden), ("embed", "mlp"), std)
+        self.w_down = param.linear((hidden, dim), ("mlp", "embed"), std)
 
     def mix(self, x: jax.Array) -> jax.Array:
         """[..., D] → [..., D]."""

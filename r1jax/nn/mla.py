@@ -44,17 +44,17 @@ class MLA(nnx.Module):
         m = yarn_mscale(rope.factor, rope.mscale_all_dim)
         self.scale = (k + r) ** -0.5 * m * m
         if q is None:
-            self.w_q = param.normal((dim, h, k + r), ("embed", "heads", None), std)
+            self.w_q = param.linear((dim, h, k + r), ("embed", "heads", None), std)
         else:
-            self.w_dq = param.normal((dim, q), ("embed", "latent"), std)
+            self.w_dq = param.linear((dim, q), ("embed", "latent"), std)
             self.q_norm = RMSNorm(q, eps=LATENT_EPS)
-            self.w_uq = param.normal((q, h, k + r), (_latent(q), "heads", None), std)
-        self.w_dkv = param.normal((dim, c), ("embed", "latent"), std)
+            self.w_uq = param.linear((q, h, k + r), (_latent(q), "heads", None), std)
+        self.w_dkv = param.linear((dim, c), ("embed", "latent"), std)
         self.kv_norm = RMSNorm(c, eps=LATENT_EPS)
-        self.w_kr = param.normal((dim, r), ("embed", None), std)
-        self.w_uk = param.normal((c, h, k), (_latent(c), "heads", None), std)
-        self.w_uv = param.normal((c, h, v), (_latent(c), "heads", None), std)
-        self.w_o = param.normal((h, v, dim), ("heads", None, "embed"), std)
+        self.w_kr = param.linear((dim, r), ("embed", None), std)
+        self.w_uk = param.linear((c, h, k), (_latent(c), "heads", None), std)
+        self.w_uv = param.linear((c, h, v), (_latent(c), "heads", None), std)
+        self.w_o = param.linear((h, v, dim), ("heads", None, "embed"), std, inputs=2)
         self.full_query = q is None
 
     def entry(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:

@@ -51,9 +51,9 @@ class MoE(nnx.Module):
         self.fp8 = fp8
         e, f = cfg.n_routed_experts, cfg.moe_intermediate_size
         self.router = Router(dim, cfg, std=std)
-        self.w_gate = param.normal((e, dim, f), ("expert", "embed", "mlp"), std)
-        self.w_up = param.normal((e, dim, f), ("expert", "embed", "mlp"), std)
-        self.w_down = param.normal((e, f, dim), ("expert", "mlp", "embed"), std)
+        self.w_gate = param.linear((e, dim, f), ("expert", "embed", "mlp"), std)
+        self.w_up = param.linear((e, dim, f), ("expert", "embed", "mlp"), std)
+        self.w_down = param.linear((e, f, dim), ("expert", "mlp", "embed"), std)
         self.n_shared = cfg.n_shared_experts
         if self.n_shared:
             self.shared = SwiGLU(dim, f * self.n_shared, std=std, fp8=fp8)

@@ -19,7 +19,7 @@ class MTP(nnx.Module):
         self.fp8 = fp8
         self.hidden_norm = RMSNorm(dim, eps=eps)
         self.embed_norm = RMSNorm(dim, eps=eps)
-        self.proj = param.normal((2 * dim, dim), (None, "embed"), std)
+        self.proj = param.linear((2 * dim, dim), (None, "embed"), std)
         self.block = block
         self.norm = RMSNorm(dim, eps=eps)
 

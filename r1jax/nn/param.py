@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from r1jax.ops.blocks import Blocks, in_blocks
 from r1jax.ops.linear import FP8
 from r1jax.sharding import carriers, gather, spec
 
@@ -36,20 +37,36 @@ def normal(
     Args:
         exact: whether layers compute with it in float32, whatever the activations are.
     """
+    return _drawn(shape, axes, init_std=std, exact=exact, inputs=0)
+
+
+def linear(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], std: float, *, inputs: int = 1
+) -> nnx.Param:
+    """`normal`, the weight of an `ops.linear`: what the recipe computes in FP8.
+
+    Args:
+        inputs: axes that are contracted, the first ones but for experts.
+    """
+    return _drawn(shape, axes, init_std=std, exact=False, inputs=inputs)
+
+
+def _drawn(shape, axes, **how) -> nnx.Param:
     zeros = jnp.zeros(shape, jnp.float32)
-    how = dict(out_sharding=axes, eager_sharding=False, init_std=std, exact=exact)
-    return nnx.Param(zeros, **how)
+    return nnx.Param(zeros, out_sharding=axes, eager_sharding=False, **how)
 
 
 def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...], cls=nnx.Param):
     """A float32 variable filled with `value`."""
     full = jnp.full(shape, value, jnp.float32)
-    return cls(full, out_sharding=axes, eager_sharding=False, init_std=0.0, exact=True)
+    how = dict(out_sharding=axes, eager_sharding=False, init_std=0.0, exact=True, inputs=0)
+    return cls(full, **how)
 
 
 def slots(x: jax.Array) -> Slots:
     """Something of the slots that is whole on all devices."""
-    return Slots(x, out_sharding=(None,) * x.ndim, eager_sharding=False, exact=True)
+    how = dict(out_sharding=(None,) * x.ndim, eager_sharding=False, exact=True, inputs=0)
+    return Slots(x, **how)
 
 
 def stack(make: Callable[[], nnx.Module], n: int) -> nnx.Module:
@@ -102,8 +119,11 @@ def use(variable: nnx.Variable, dtype: Any, *along: str) -> jax.Array:
 def operand(variable: nnx.Variable, dtype: Any, fp8: FP8 | None) -> jax.Array:
     """`use` for `ops.linear`: FP8 is made of the float32 weight itself, which gets its gradient so.
 
-    Across devices go then four bytes a value.
+    Across devices go then four bytes a value. What lies in blocks already is handed on.
     """
+    held = variable[...]
+    if fp8 is not None and isinstance(held, Blocks):
+        return held
     return use(variable, dtype if fp8 is None else jnp.float32)
 
 
@@ -146,6 +166,26 @@ def as_used(module: nnx.Module) -> nnx.Module:
         return module
     cast = lambda x: x if x.exact else x.replace(x[...].astype(cfg.dtype))  # noqa: E731
     return jax.tree.map(cast, module, is_leaf=_is_variable)
+
+
+def resident(module: nnx.Module) -> nnx.Module:
+    """`as_used`, and by the recipe with the weights of its products in blocks, for one device.
+
+    Nothing that is computed with it differs, as every pass would make the same blocks.
+    """
+    cfg = module.cfg
+    if not cfg.fp8.enabled:
+        return as_used(module)
+
+    def one(x: nnx.Variable) -> nnx.Variable:
+        if isinstance(x[...], Blocks):
+            return x
+        if not x.inputs:
+            return x if x.exact else x.replace(x[...].astype(cfg.dtype))
+        own = len([axis for axis in x.out_sharding if axis not in ("layers", "expert")])
+        return x.replace(in_blocks(x[...], own, x.inputs, cfg.fp8.block))
+
+    return jax.tree.map(one, module, is_leaf=_is_variable)
 
 
 def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:

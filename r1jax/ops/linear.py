@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chips import present
-from pallas_kernels.fp8_matmul import fp8_linear
+from pallas_kernels.fp8_matmul import fp8_fprop, fp8_linear
 from pallas_kernels.fp8_matmul.api import pad
-from pallas_kernels.fp8_matmul.ref import of_blocks
-from pallas_kernels.fp8_quantize import quantize_blocks, quantize_tiles
+from pallas_kernels.fp8_quantize import quantize_tiles
 from pallas_kernels.scaled import Scaled
+from r1jax.ops.blocks import Blocks, in_blocks
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,14 @@ class FP8:
     power_of_two: bool
 
 
-def linear(equation: str, x: jax.Array, w: jax.Array, fp8: FP8 | None) -> jax.Array:
+def linear(equation: str, x: jax.Array, w: jax.Array | Blocks, fp8: FP8 | None) -> jax.Array:
     """y = x · w, `jnp.einsum` of the equation, in x's dtype or by the recipe.
 
     Args:
         equation: of `jnp.einsum`: the last axes of x with the first of w, as "btd,dhk->bthk".
         x: [..., *K] activations.
         w: [*K, *N]; without a recipe it is cast to x's dtype, with one it is quantised as it is.
+            One that lies in blocks already has no gradient, nor has x then.
         fp8: the recipe, or None.
 
     Returns:
@@ -62,6 +63,8 @@ def linear(equation: str, x: jax.Array, w: jax.Array, fp8: FP8 | None) -> jax.Ar
     if fp8 is None:
         matrix = _matrix(w.astype(x.dtype), axes)
         return (rows.reshape(math.prod(rows.shape[:-1]), len(matrix)) @ matrix).reshape(result)
+    if isinstance(w, Blocks):
+        return _resident(rows, w, fp8).reshape(result)
     with jax.named_scope("fp8_linear"):
         y = fp8_linear(
             rows,
@@ -72,7 +75,15 @@ def linear(equation: str, x: jax.Array, w: jax.Array, fp8: FP8 | None) -> jax.Ar
     return y.reshape(result)
 
 
-def seen(w: jax.Array, fp8: FP8 | None, *, axes: int = 1) -> jax.Array:
+def _resident(rows: jax.Array, w: Blocks, fp8: FP8) -> jax.Array:
+    """[..., N] of rows [..., K] and a weight that is quantised already."""
+    x_MK = pad(rows.reshape(-1, rows.shape[-1]), fp8.block, (1,))
+    with jax.named_scope("fp8_linear"):
+        tiles = quantize_tiles(x_MK, block=fp8.block, power_of_two=fp8.power_of_two)
+        return fp8_fprop(tiles, w.matrix, block=fp8.block, dtype=rows.dtype)[:, : w.outputs]
+
+
+def seen(w: jax.Array | Blocks, fp8: FP8 | None, *, axes: int = 1) -> jax.Array:
     """The weight as the recipe's products see it, values · scales; w itself without a recipe.
 
     Args:
@@ -81,10 +92,9 @@ def seen(w: jax.Array, fp8: FP8 | None, *, axes: int = 1) -> jax.Array:
     """
     if fp8 is None:
         return w
-    matrix = _matrix(w, axes)
-    k, n = matrix.shape
-    blocks = quantize_blocks(pad(matrix, fp8.block, (0, 1)), block=fp8.block)
-    return of_blocks(blocks, fp8.block)[:k, :n].reshape(w.shape).astype(w.dtype)
+    if isinstance(w, Blocks):
+        return w.astype(jnp.float32)
+    return in_blocks(w, w.ndim, axes, fp8.block).astype(w.dtype)
 
 
 def tiled(x: jax.Array, fp8: FP8) -> Scaled:

@@ -86,6 +86,18 @@ def test_generate_prints_the_answer_and_json_the_same(folder, capsys):
     assert "best of 3 kept" in reranked[1]
 
 
+def test_generate_multiplies_in_fp8_if_asked(folder, tmp_path, capsys):
+    """A checkpoint's own blocks and float32 that was made of them say the same."""
+    said(capsys, "export", folder, tmp_path / "hf", "--dtype=fp8")
+    command = ["--prompt=1 + 2", "--temperature=0", "--max-tokens=8", "--fp8", "--draft=1"]
+    texts = [
+        said(capsys, "generate", tmp_path / "hf", *command, f"--dtype={dtype}", "--draft-always")
+        for dtype in ("stored", "float32")
+    ]
+    assert texts[0][0] == texts[1][0]
+    assert "% accepted" in texts[0][1]
+
+
 def test_the_prompt_may_come_from_standard_input(folder, capsys, monkeypatch):
     command = ["generate", folder, "--temperature=0", "--max-tokens=4", "--raw"]
     text = said(capsys, *command, "--prompt=1 + 2")[0]

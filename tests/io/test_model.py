@@ -14,9 +14,9 @@ from r1jax.data.tokenizer import task_tokenizer
 from r1jax.io.hf_config import read_config, write_config
 from r1jax.io.hf_load import SCALE, load
 from r1jax.io.hf_save import tensors
-from r1jax.io.model import Model, export_model, open_model, save_model
+from r1jax.io.model import Model, export_model, in_fp8, open_model, save_model
 from r1jax.io.shards import Shards, write_shards
-from r1jax.nn.param import leaves
+from r1jax.nn.param import leaves, resident
 from r1jax.ops.quant import BlockScaled, dequantise, quantise
 from tests.nn import tiny
 
@@ -130,6 +130,25 @@ def test_kept_fp8_is_the_dequantised_model(tmp_path):
     name = "model.layers.1.mlp.experts.2.up_proj.weight"
     whole = dequantise(source.read(name), source.read(name + SCALE)).astype(jnp.bfloat16)
     np.testing.assert_array_equal(bf16["moe_layers.feed_forward.w_up"][...][0, 2], whole.T)
+
+
+def test_kept_fp8_multiplies_in_fp8(tmp_path):
+    """By the recipe kept blocks and dequantised weights give the same numbers, and others than
+    without it."""
+    cfg = CONFIGS["deepseek"]
+    write(tmp_path / "hf", cfg, "fp8")
+    kept, plain = (open_model(tmp_path / "hf", dtype=d) for d in ("stored", "float32"))
+    rows = tiny.whole_rows(tiny.tokens(0, 2, 9))
+    a, b, ready = (
+        tiny.logits(m, *rows)
+        for m in (in_fp8(kept).module, in_fp8(plain).module, resident(in_fp8(kept).module))
+    )
+    exact = tiny.logits(plain.module, *rows)
+    for found in (a, ready):
+        np.testing.assert_allclose(found, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+    # Random routers choose other experts now and then.
+    assert 0.01 < np.linalg.norm(b - exact) / np.linalg.norm(exact) < 0.5
+    assert not kept.cfg.fp8.enabled
 
 
 def edit(key, new):

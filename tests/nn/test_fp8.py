@@ -22,7 +22,7 @@ from r1jax.config import (
 from r1jax.infer.decode import empty_cache, prefill, step
 from r1jax.nn import mla
 from r1jax.nn.build import blank
-from r1jax.nn.param import specs
+from r1jax.nn.param import resident, specs
 from r1jax.nn.stats import RouterStats
 from r1jax.ops import experts, linear
 from r1jax.ops.linear import FP8
@@ -240,6 +240,10 @@ def test_nothing_else_is_quantised():
     plain = dataclasses.replace(CFG, fp8=FP8Config())
     program = jax.make_jaxpr(both)(models.model(plain))
     assert conversions(program.jaxpr) == 0
+    # Of weights that stay in blocks there is nothing left to quantise.
+    program = jax.make_jaxpr(both)(resident(models.model(CFG)))
+    products = (7 + 3 * 2) * 2 + 1
+    assert conversions(program.jaxpr) == products + 2 * (1 + sent)
 
 
 # ------------------------------------------------------------------------------------ how it runs

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that stay in E4M3 where they are read and not trained: what the recipe's products take.
+
+DeepSeek-V3 (arXiv 2412.19437) section 3.3.2. A pass that trains makes blocks of a master weight
+each time; a loop that decodes reads the same ones at every token, a byte a value. Blocks of a
+checkpoint are taken as they are stored.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.fp8_matmul.api import pad
+from pallas_kernels.fp8_matmul.ref import of_blocks
+from pallas_kernels.fp8_quantize import quantize_blocks
+from pallas_kernels.scaled import Scaled
+from r1jax.ops.quant import BLOCK, BlockScaled
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Blocks:
+    """A weight as E4M3 values with a scale a block; it stands where a module has an array.
+
+    Leading axes (layers, experts) are free.
+
+    Attributes:
+        values: [..., K', N'] float8_e4m3fn, K and N filled up to whole blocks with zeros.
+        scale: [..., K' / b, N' / b] float32.
+        own: (*K, *N), the last axes of the weight.
+        inputs: how many of these are K, which products contract.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    own: tuple[int, ...] = field(metadata=dict(static=True))
+    inputs: int = field(metadata=dict(static=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return (*self.values.shape[:-2], *self.own)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of the weight's values."""
+        return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> Scaled:
+        """[..., K', N'], as products take it."""
+        return Scaled(self.values, self.scale)
+
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return math.prod(self.own[self.inputs :])
+
+    def __getitem__(self, key: Any) -> "Blocks":
+        """`w[...]`, the whole, as a module reads its parameters."""
+        if key is not Ellipsis:
+            raise ValueError(f"a weight in blocks is read whole, w[...], not w[{key}]")
+        return self
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The weight: values · scale, rounded to `dtype` once."""
+        whole = of_blocks(self.matrix, self.values.shape[-1] // self.scale.shape[-1])
+        k = math.prod(self.own[: self.inputs])
+        return whole[..., :k, : self.outputs].reshape(self.shape).astype(dtype)
+
+
+def in_blocks(w: jax.Array | BlockScaled, own: int, inputs: int, block: int) -> Blocks:
+    """The weight in blocks, as `linear` makes them of it at every pass.
+
+    Args:
+        w: [..., *K, *N] float32, or a checkpoint's; its blocks are kept if they have this size and
+            are whole in [K, N], and made anew of its values otherwise.
+        own: number of the last axes that are the weight's own; those before are layers and experts.
+        inputs: how many of these are K.
+        block: b.
+    """
+    lead, last = w.shape[: w.ndim - own], w.shape[w.ndim - own :]
+    k, n = math.prod(last[:inputs]), math.prod(last[inputs:])
+    scale = _kept_scale(w) if isinstance(w, BlockScaled) and block == BLOCK else None
+    if scale is not None:
+        values = pad(w.values.reshape(*lead, k, n), block, (len(lead), len(lead) + 1))
+        return Blocks(values, scale, last, inputs)
+    matrix = w.astype(jnp.float32).reshape(*lead, k, n)
+    made = quantize_blocks(pad(matrix, block, (len(lead), len(lead) + 1)), block=block)
+    return Blocks(made.values, made.scale, last, inputs)
+
+
+def _kept_scale(w: BlockScaled) -> jax.Array | None:
+    """[..., K' / b, N' / b] of a checkpoint's scales; None where its blocks lie across ours."""
+    layout, scale = w.layout, jnp.swapaxes(w.scale, -1, -2)
+    if not layout.transposed:
+        return None
+    if layout.swapped:
+        if layout.matrix[1] % (2 * BLOCK):
+            return None
+        scale = jnp.roll(scale, scale.shape[-2] // 2, -2)
+    if layout.part is None:
+        return scale
+    out = layout.matrix[0]
+    whole, (start, stop) = (layout.split or (out,))[-1], layout.part
+    groups = out // whole
+    ends = stop % BLOCK == 0 or (groups == 1 and stop == out)
+    if start % BLOCK or not ends or (groups > 1 and whole % BLOCK):
+        return None
+    parts = scale.reshape(*scale.shape[:-1], groups, -1)[..., start // BLOCK : -(-stop // BLOCK)]
+    return parts.reshape(*scale.shape[:-1], -1)
