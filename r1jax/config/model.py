@@ -115,8 +115,9 @@ class FP8Config:
     """DeepSeek-V3's FP8 recipe (section 3.3) for the linear layers: training, prefill and decoding.
 
     Attributes:
-      enabled: in E4M3: projections of attention, feed-forward networks, experts and MTP. Not so:
-        embedding, head, router, norms and attention itself. Parameters are float32 either way.
+      enabled: in E4M3: projections of attention, feed-forward networks, experts and MTP, and what
+        crosses devices on its way to the experts (section 3.3.3). Not so: embedding, head, router,
+        norms, attention itself and the experts' sums. Parameters are float32 either way.
       block: length of the activations' tiles, side of the weights' blocks. TPU and GPU kernels have
         128 and 256.
       power_of_two: scales of activations and gradients are rounded up to powers of two.
