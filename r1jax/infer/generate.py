@@ -28,7 +28,7 @@ from r1jax.infer.sample import draw
 from r1jax.infer.speculative import Costs, best_horizon, hope
 from r1jax.infer.unrolled import cache_for_decoding, for_decoding, stacked
 from r1jax.nn.count import read_by_draft, read_by_pass
-from r1jax.nn.param import resident
+from r1jax.nn.param import has_blocks, resident
 
 ROOM = 64  # tokens that one call of the compiled loop can make
 SHORT = 8  # entries that a drafter catches up with by a smaller program
@@ -284,10 +284,8 @@ def prepared(model):
     """The model with what the FP8 recipe makes of its weights made once, where every token would
     make it; done already, without the recipe, or on a mesh, the model itself."""
     alone = jax.sharding.get_abstract_mesh().empty
-    return _resident(model) if alone and model.cfg.fp8.enabled else model
-
-
-_resident = jax.jit(resident)
+    made = not alone or not model.cfg.fp8.enabled or has_blocks(model)
+    return model if made else resident(model)
 
 
 def draft_costs(model, rows: int) -> Costs:

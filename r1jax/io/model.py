@@ -26,7 +26,7 @@ from r1jax.io.hf_names import places
 from r1jax.io.hf_save import tensors
 from r1jax.io.shards import MODEL, MTP, Draft, Shards, Source, read_json, write_shards
 from r1jax.nn.build import blank
-from r1jax.nn.param import filled, leaves
+from r1jax.nn.param import filled, has_blocks, leaves
 from r1jax.ops.quant import BLOCK, BlockScaled
 from r1jax.parallel import hosts
 
@@ -91,7 +91,8 @@ def open_model(
 def in_fp8(model: Model) -> Model:
     """The model with DeepSeek's FP8 recipe for its products; its values stay as they are.
 
-    Blocks that were kept as stored are the ones that products take.
+    `infer.generate.prepared` makes its weights into blocks, those that were kept as stored into
+    themselves; a pass without that dequantises them and makes blocks of the values.
     """
     cfg = dataclasses.replace(model.cfg, fp8=dataclasses.replace(model.cfg.fp8, enabled=True))
     values = {name: variable.get_value() for name, variable in leaves(model.module).items()}
@@ -137,8 +138,9 @@ def save_model(path: str | Path, model: Model) -> None:
     writes the arrays that it holds.
 
     Raises:
-        ValueError: something is there already, or it cannot be written.
+        ValueError: something is there already, or it cannot be written; the model is `prepared`.
     """
+    _refuse_blocks(path, model)
     with Draft(path) as folder:
         values = {name: v.get_value() for name, v in leaves(model.module).items()}
         scaled = sorted(name for name, v in values.items() if isinstance(v, BlockScaled))
@@ -157,6 +159,14 @@ def save_model(path: str | Path, model: Model) -> None:
         if model.tokenizer is not None:
             model.tokenizer.save(folder)
         (folder / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_blocks(path: str | Path, model: Model) -> None:
+    if has_blocks(model.module):
+        raise ValueError(
+            f"{path}: the model's weights are in FP8 blocks for decoding and cannot be written; "
+            "write the model that was prepared"
+        )
 
 
 def _stored(value: Any) -> Any:
@@ -223,7 +233,11 @@ def export_model(path: str | Path, model: Model, *, dtype: str = "stored") -> in
 
     Returns:
         bytes of all tensors.
+
+    Raises:
+        ValueError: as `save_model`.
     """
+    _refuse_blocks(path, model)
     with Draft(path) as folder:
         seen: set[str] = set()
         total = 0

@@ -144,8 +144,13 @@ def specs(tree: Any) -> Any:
     the mesh in force; an array that is in no variable is whole everywhere.
 
     None at the end is left out, as in the results of programs: `jit` compares specs word by word.
+
+    Raises:
+        ValueError: weights in blocks, which lie on one device.
     """
     leaves = jax.tree.leaves(tree, is_leaf=_is_variable)
+    if any(_is_variable(x) and isinstance(x.get_value(), Blocks) for x in leaves):
+        raise ValueError("weights in FP8 blocks lie on one device: use the model they are made of")
     found = [_trimmed(spec(*_axes(x))) if _is_variable(x) else PartitionSpec() for x in leaves]
     return jax.tree.unflatten(jax.tree.structure(tree), found)
 
@@ -171,7 +176,8 @@ def as_used(module: nnx.Module) -> nnx.Module:
 def resident(module: nnx.Module) -> nnx.Module:
     """`as_used`, and by the recipe with the weights of its products in blocks, for one device.
 
-    Nothing that is computed with it differs, as every pass would make the same blocks.
+    Nothing that is computed with it differs, as every pass would make the same blocks; but of a
+    checkpoint's blocks, whose scales are then those that were stored, not those of the values.
     """
     cfg = module.cfg
     if not cfg.fp8.enabled:
@@ -183,9 +189,18 @@ def resident(module: nnx.Module) -> nnx.Module:
         if not x.inputs:
             return x if x.exact else x.replace(x[...].astype(cfg.dtype))
         own = len([axis for axis in x.out_sharding if axis not in ("layers", "expert")])
-        return x.replace(in_blocks(x[...], own, x.inputs, cfg.fp8.block))
+        return x.replace(_in_blocks(x[...], own, x.inputs, cfg.fp8.block))
 
     return jax.tree.map(one, module, is_leaf=_is_variable)
+
+
+# Each weight by itself: no two are held twice, and what stays as it is is not copied.
+_in_blocks = jax.jit(in_blocks, static_argnums=(1, 2, 3))
+
+
+def has_blocks(module: nnx.Module) -> bool:
+    """Whether it is `resident` by the recipe: it decodes on one device, and cannot be saved."""
+    return any(isinstance(variable.get_value(), Blocks) for variable in leaves(module).values())
 
 
 def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:

@@ -107,7 +107,7 @@ def fp8_experts(
     x_TD: jax.Array,
     index_TK: jax.Array,
     weight_TK: jax.Array,
-    weights: tuple[jax.Array, jax.Array, jax.Array],
+    weights: tuple[jax.Array | Blocks, jax.Array | Blocks, jax.Array | Blocks],
     *,
     fp8: FP8,
     rows: int | None = None,
@@ -117,21 +117,21 @@ def fp8_experts(
     The tiles of the weights' gradients go over the rows as they are sorted, from one expert's into
     the next one's.
 
-    Args and Returns: as `experts`; the weights are quantised as they are. Those that lie in blocks
-    already have no gradient, nor has x then.
+    Args and Returns: as `experts`; the weights are quantised as they are. Nothing can be
+    differentiated through `Blocks`.
     """
 
     def product(rows_MK, w_EKN, sizes_E, real):
         del real  # the rows behind the last expert's are zeros already
         if isinstance(w_EKN, Blocks):
-            return _resident(rows_MK, w_EKN, sizes_E, fp8)
+            return _by_blocks(rows_MK, w_EKN, sizes_E, fp8)
         how = dict(block=fp8.block, power_of_two=fp8.power_of_two)
         return fp8_grouped_linear(rows_MK, w_EKN, sizes_E, tail=True, **how)
 
     return _by_rows(x_TD, index_TK, weight_TK, weights, bound=rows, product=product)
 
 
-def _resident(rows_MK, w_EKN: Blocks, sizes_E, fp8: FP8):
+def _by_blocks(rows_MK, w_EKN: Blocks, sizes_E, fp8: FP8):
     x_MK = pad(rows_MK, fp8.block, (1,))
     how = dict(power_of_two=fp8.power_of_two, rows=sizes_E.sum())
     tiles = quantize_tiles(x_MK, block=fp8.block, **how)

@@ -46,7 +46,7 @@ def linear(equation: str, x: jax.Array, w: jax.Array | Blocks, fp8: FP8 | None) 
         equation: of `jnp.einsum`: the last axes of x with the first of w, as "btd,dhk->bthk".
         x: [..., *K] activations.
         w: [*K, *N]; without a recipe it is cast to x's dtype, with one it is quantised as it is.
-            One that lies in blocks already has no gradient, nor has x then.
+            Nothing can be differentiated through one that lies in blocks already.
         fp8: the recipe, or None.
 
     Returns:
@@ -64,7 +64,7 @@ def linear(equation: str, x: jax.Array, w: jax.Array | Blocks, fp8: FP8 | None) 
         matrix = _matrix(w.astype(x.dtype), axes)
         return (rows.reshape(math.prod(rows.shape[:-1]), len(matrix)) @ matrix).reshape(result)
     if isinstance(w, Blocks):
-        return _resident(rows, w, fp8).reshape(result)
+        return _by_blocks(rows, w, fp8).reshape(result)
     with jax.named_scope("fp8_linear"):
         y = fp8_linear(
             rows,
@@ -75,7 +75,7 @@ def linear(equation: str, x: jax.Array, w: jax.Array | Blocks, fp8: FP8 | None) 
     return y.reshape(result)
 
 
-def _resident(rows: jax.Array, w: Blocks, fp8: FP8) -> jax.Array:
+def _by_blocks(rows: jax.Array, w: Blocks, fp8: FP8) -> jax.Array:
     """[..., N] of rows [..., K] and a weight that is quantised already."""
     x_MK = pad(rows.reshape(-1, rows.shape[-1]), fp8.block, (1,))
     with jax.named_scope("fp8_linear"):
@@ -102,7 +102,7 @@ def tiled(x: jax.Array, fp8: FP8) -> Scaled:
     rows = pad(x.reshape(-1, x.shape[-1]), fp8.block, (1,))
     tiles = quantize_tiles(rows, block=fp8.block, power_of_two=fp8.power_of_two)
     values = tiles.values[:, : x.shape[-1]].reshape(x.shape)
-    return Scaled(values, tiles.scale.reshape(*x.shape[:-1], -1))
+    return Scaled(values, tiles.scale.reshape(*x.shape[:-1], tiles.scale.shape[1]))
 
 
 def untiled(tiles: Scaled, fp8: FP8, dtype: Any) -> jax.Array:

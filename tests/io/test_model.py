@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models in and out: bit-identical round trips, FP8 blocks, meshes, and what is refused."""
 
+import dataclasses
 import json
 
 import jax
@@ -149,6 +150,11 @@ def test_kept_fp8_multiplies_in_fp8(tmp_path):
     # Random routers choose other experts now and then.
     assert 0.01 < np.linalg.norm(b - exact) / np.linalg.norm(exact) < 0.5
     assert not kept.cfg.fp8.enabled
+    ready = dataclasses.replace(kept, module=resident(in_fp8(kept).module))
+    for write_it in (save_model, export_model):
+        with pytest.raises(ValueError, match="out: the model's weights are in FP8 blocks"):
+            write_it(tmp_path / "out", ready)
+    assert not (tmp_path / "out").exists()
 
 
 def edit(key, new):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from r1jax.infer.generate import Generation, Sampling, prepared
-from r1jax.nn.param import leaves, resident
+from r1jax.nn.param import has_blocks, leaves, resident, specs
 from r1jax.ops.blocks import Blocks
+from r1jax.rl.rollout import rollout
 from tests.nn import tiny as models
 from tests.nn.test_fp8 import CFG, QWEN2, linear_weight
 
@@ -21,8 +22,21 @@ def test_a_full_pass(cfg):
     rows = models.whole_rows(models.tokens(1, 2, 7) % cfg.vocab_size)
     run = jax.jit(lambda model: model(*rows).hidden_BTD)
     np.testing.assert_allclose(run(held), run(model), rtol=1e-5, atol=1e-6)
-    again = resident(held)
-    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (again, held)), strict=True))
+    assert has_blocks(held)
+    assert not has_blocks(model)
+    with pytest.raises(ValueError, match="one device"):
+        specs(held)
+
+
+def test_what_is_prepared_is_not_copied():
+    """Nor are norms and routers, the first time."""
+    model = models.model(CFG)
+    held = prepared(model)
+    assert prepared(held) is held
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (resident(held), held)), strict=True))
+    before, after = leaves(model), leaves(held)
+    same = {k for k in before if before[k].get_value() is after[k].get_value()}
+    assert same == {path for path in before if not linear_weight(path)}
 
 
 @pytest.mark.parametrize("drafts", [0, 1])
@@ -42,6 +56,31 @@ def test_generation(drafts, monkeypatch):
     wanted, plain = text()
     assert plain is model
     assert found == wanted
+
+
+def test_a_rollout(monkeypatch):
+    """Its loop is given blocks, and draws what it draws from the weights."""
+    model = models.model(CFG)
+    prompt, valid = models.tokens(0, 2, 4) % CFG.vocab_size, np.ones((2, 4), bool)
+    rules = dict(max_new_tokens=5, eos_ids=(1,), pad_id=0)
+
+    def draw(model):
+        return rollout(model, prompt, valid, jax.random.key(0), np.ones(4, np.float32), **rules)
+
+    (loop,) = (e for e in jax.make_jaxpr(draw)(model).eqns if e.primitive.name == "while")
+    given = [v.aval for v in loop.invars]
+    matrices = sum(map(linear_weight, leaves(model)))
+    assert sum(x.dtype == "float8_e4m3fn" for x in given) == matrices - in_mtp(model)
+    found = jax.jit(draw)(model)
+    monkeypatch.setattr("r1jax.rl.rollout.light", lambda model: model)
+    wanted = jax.jit(lambda model: draw(model))(model)
+    np.testing.assert_array_equal(found.tokens_BT, wanted.tokens_BT)
+    np.testing.assert_allclose(found.logp_BT, wanted.logp_BT, atol=1e-4)
+
+
+def in_mtp(model) -> int:
+    """Matrices that decoding does not read."""
+    return sum(path.startswith("mtp.") and linear_weight(path) for path in leaves(model))
 
 
 def test_without_the_recipe_a_model_is_itself():
