@@ -6,10 +6,9 @@ weights/        one Orbax checkpoint
 tokenizer.json  tokenizer_config.json
 """
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +93,9 @@ def in_fp8(model: Model) -> Model:
     `infer.generate.prepared` makes its weights into blocks, those that were kept as stored into
     themselves; a pass without that dequantises them and makes blocks of the values.
     """
-    cfg = dataclasses.replace(model.cfg, fp8=dataclasses.replace(model.cfg.fp8, enabled=True))
+    cfg = replace(model.cfg, fp8=replace(model.cfg.fp8, enabled=True))
     values = {name: variable.get_value() for name, variable in leaves(model.module).items()}
-    return dataclasses.replace(model, cfg=cfg, module=filled(blank(cfg), values))
+    return replace(model, cfg=cfg, module=filled(blank(cfg), values))
 
 
 def open_source(path: Path) -> Source:
