@@ -146,11 +146,14 @@ def specs(tree: Any) -> Any:
     None at the end is left out, as in the results of programs: `jit` compares specs word by word.
 
     Raises:
-        ValueError: weights in blocks, which lie on one device.
+        ValueError: weights in FP8 blocks, values and scales: their blocks are not cut.
     """
     leaves = jax.tree.leaves(tree, is_leaf=_is_variable)
-    if any(_is_variable(x) and isinstance(x.get_value(), Blocks) for x in leaves):
-        raise ValueError("weights in FP8 blocks lie on one device: use the model they are made of")
+    if any(len(jax.tree.leaves(x)) != 1 for x in leaves):
+        raise ValueError(
+            "weights in FP8 blocks cannot be cut over devices: use the model they were made of, or "
+            "open the checkpoint with dtype 'bfloat16' or 'float32'"
+        )
     found = [_trimmed(spec(*_axes(x))) if _is_variable(x) else PartitionSpec() for x in leaves]
     return jax.tree.unflatten(jax.tree.structure(tree), found)
 

@@ -17,7 +17,7 @@ from r1jax.io.hf_load import SCALE, load
 from r1jax.io.hf_save import tensors
 from r1jax.io.model import Model, export_model, in_fp8, open_model, save_model
 from r1jax.io.shards import Shards, write_shards
-from r1jax.nn.param import leaves, resident
+from r1jax.nn.param import leaves, resident, specs
 from r1jax.ops.quant import BlockScaled, dequantise, quantise
 from tests.nn import tiny
 
@@ -150,6 +150,8 @@ def test_kept_fp8_multiplies_in_fp8(tmp_path):
     # Random routers choose other experts now and then.
     assert 0.01 < np.linalg.norm(b - exact) / np.linalg.norm(exact) < 0.5
     assert not kept.cfg.fp8.enabled
+    with pytest.raises(ValueError, match="dtype 'bfloat16'"):
+        specs(kept.module)
     ready = dataclasses.replace(kept, module=resident(in_fp8(kept).module))
     for write_it in (save_model, export_model):
         with pytest.raises(ValueError, match="out: the model's weights are in FP8 blocks"):

@@ -24,7 +24,7 @@ def test_a_full_pass(cfg):
     np.testing.assert_allclose(run(held), run(model), rtol=1e-5, atol=1e-6)
     assert has_blocks(held)
     assert not has_blocks(model)
-    with pytest.raises(ValueError, match="one device"):
+    with pytest.raises(ValueError, match="cannot be cut over devices"):
         specs(held)
 
 
