@@ -9,8 +9,10 @@ import pytest
 from r1jax.cli import main
 from r1jax.data.text import TextTokenizer
 from r1jax.data.tokenizer import task_tokenizer
+from r1jax.infer.generate import Generation
 from r1jax.io.model import Model, export_model
 from r1jax.io.shards import Shards
+from r1jax.nn.param import has_blocks
 from tests.nn import tiny
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -86,16 +88,20 @@ def test_generate_prints_the_answer_and_json_the_same(folder, capsys):
     assert "best of 3 kept" in reranked[1]
 
 
-def test_generate_multiplies_in_fp8_if_asked(folder, tmp_path, capsys):
-    """A checkpoint's own blocks and float32 that was made of them say the same."""
+def test_generate_multiplies_in_fp8_if_asked(folder, tmp_path, capsys, monkeypatch):
+    """A checkpoint's blocks are made ready once, before the first token."""
     said(capsys, "export", folder, tmp_path / "hf", "--dtype=fp8")
-    command = ["--prompt=1 + 2", "--temperature=0", "--max-tokens=8", "--fp8", "--draft=1"]
-    texts = [
-        said(capsys, "generate", tmp_path / "hf", *command, f"--dtype={dtype}", "--draft-always")
-        for dtype in ("stored", "float32")
-    ]
-    assert texts[0][0] == texts[1][0]
-    assert "% accepted" in texts[0][1]
+    seen = []
+
+    class Watched(Generation):
+        def __init__(self, model, *args, **kwargs):
+            seen.append(has_blocks(model))
+            super().__init__(model, *args, **kwargs)
+
+    monkeypatch.setattr("r1jax.infer.generate.Generation", Watched)
+    command = ["--prompt=1 + 2", "--temperature=0", "--max-tokens=4"]
+    assert "4 tokens" in said(capsys, "generate", tmp_path / "hf", *command, "--fp8")[1]
+    assert seen == [True]
 
 
 def test_the_prompt_may_come_from_standard_input(folder, capsys, monkeypatch):
