@@ -162,7 +162,10 @@ def test_tokens_and_gradients_cross_in_fp8_and_sums_do_not(sparse):
     assert set(seen[None]) == {there, back}
     assert set(seen[RECIPE]) == {narrow, back}
     if sparse:
-        assert seen[None][there] == seen[RECIPE][narrow] + seen[RECIPE][back]
+        # Each once before a loop and once in it, or in it and once behind: tokens there and sums
+        # back, then tokens and gradients there and the tokens' gradients back.
+        assert seen[RECIPE] == {narrow: 2 * (1 + 2), back: 2 * (1 + 1)}
+        assert seen[None] == {there: 2 * (2 + 3)}
     else:
         assert seen[None][there] == seen[RECIPE][narrow]
 
