@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feeding prompts: in chunks, and after what an earlier turn of the conversation left."""
 
-import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,8 @@ from r1jax.infer.multitoken import extend_mtp
 from r1jax.nn.block import Entry
 
 CHUNK = 512  # tokens of a prompt that are fed at once
+MANY = 2048  # of all rows: from here on a CPU's products are Eigen's
+_YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 
 
 class Kept(NamedTuple):
@@ -80,11 +82,13 @@ def feed(
         cache, own = _roomy(kept, start_B, capacity, mtp)
     for start in range(0, most, width):
         part = padded_BS[:, start : start + width], padded_BS[:, start + 1 : start + width + 1]
-        valid_B = np.clip(rest_B - start, 0, width)
+        valid_B, rows = np.clip(rest_B - start, 0, width), len(prompts) * width
         if cache is None:
-            hidden_BD, cache, own = _begin(model, *part, valid_B, capacity=capacity, mtp=mtp)
+            how = dict(capacity=capacity, mtp=mtp)
+            hidden_BD, cache, own = _begin(rows)(model, *part, valid_B, **how)
             continue
-        new_BD, cache, own = _extend(model, (*part, valid_B), cache, own, start_B + start)
+        before = cache, own, start_B + start
+        new_BD, cache, own = _extend(rows)(model, (*part, valid_B), *before)
         ends_B = (valid_B > 0) & (rest_B <= start + width)
         hidden_BD = new_BD if hidden_BD is None else jnp.where(ends_B[:, None], new_BD, hidden_BD)
     return Fed(cache, own, hidden_BD, int(start_B.sum()))
@@ -123,7 +127,29 @@ def bucket(n: int) -> int:
     return 1 << max(n - 1, 127).bit_length() if n <= 512 else -(-n // step) * step
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "mtp"))
+def _for_rows(**how) -> Callable:
+    """`jax.jit(fn, **how)` in two ways: the decorated function takes the rows that its products
+    have and returns the way for so many.
+
+    XLA:CPU gives products to YNNPACK, with 4,096 rows a fifth slower than Eigen (two cores of an
+    EPYC, 576 × 1,536: 100 and 128 GFLOP/s; with 512 equal; experiments/log/006_…). Library fusions
+    in XLA_FLAGS stand.
+    """
+
+    def decorate(fn):
+        many = jax.jit(fn, compiler_options={_YNNPACK: ""}, **how)
+        few = jax.jit(fn, **how)
+
+        def chosen(rows: int):
+            eigen = jax.default_backend() == "cpu" and rows >= MANY
+            return many if eigen and _YNNPACK not in os.environ.get("XLA_FLAGS", "") else few
+
+        return chosen
+
+    return decorate
+
+
+@_for_rows(static_argnames=("capacity", "mtp"))
 def _begin(model, tokens_BT, next_BT, valid_B, *, capacity: int, mtp: bool):
     """(hidden_BD at each row's last token of the chunk, cache, own) of a first chunk."""
     hidden_BTD, cache = begin(model, tokens_BT, valid_B, capacity)
@@ -135,7 +161,7 @@ def _begin(model, tokens_BT, next_BT, valid_B, *, capacity: int, mtp: bool):
     return last(hidden_BTD, valid_B), cache, own
 
 
-@functools.partial(jax.jit, donate_argnames=("cache", "own"))
+@_for_rows(donate_argnames=("cache", "own"))
 def _extend(model, part, cache: Cache, own, own_length_B):
     """The same of a further chunk; without an MTP module `own` is None."""
     tokens_BT, next_BT, valid_B = part

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A turn of a conversation after the last: what was fed is not fed again, and nothing changes."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -85,3 +86,21 @@ def test_drafts_after_a_turn_without_are_fed_anew():
     (found,), again = answered(model, [prompt], drafting, generation.kept)
     assert again.counts.reused == 0
     assert [found] == generate(model, [prompt], plain)
+
+
+@pytest.mark.parametrize("flags", [None, "--xla_cpu_experimental_ynn_fusion_type="])
+def test_many_rows_are_compiled_for_another_library_and_are_the_same(flags, monkeypatch):
+    """First and further chunks; what the environment says of libraries stands."""
+    if flags is not None:
+        monkeypatch.setenv("XLA_FLAGS", flags)
+    for way in (feeding._begin, feeding._extend):
+        apart = way(feeding.MANY) is not way(feeding.MANY - 1)
+        assert apart == (flags is None and jax.default_backend() == "cpu")
+    monkeypatch.setattr(feeding, "CHUNK", 16)
+    model = tiny.model(tiny.model_config())
+    prompts = [[1 + (i + n) % 9 for n in range(20)] for i in range(4)]
+    few = feed(model, prompts, mtp=True)
+    monkeypatch.setattr(feeding, "MANY", 16 * len(prompts))
+    many = feed(model, prompts, mtp=True)
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=SAME, atol=SAME)  # noqa: E731
+    jax.tree.map(near, many[:3], few[:3])
