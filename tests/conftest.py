@@ -32,14 +32,15 @@ hypothesis.settings.load_profile("r1jax")
 
 
 def pytest_configure(config):
-    """Compiled programs are kept in pytest's own cache: the next run of the same tests, and the
-    commands that tests start, find them there. `--cache-clear` forgets them."""
+    """Compiled programs, small ones too, are kept in pytest's own cache: the next module and the
+    next run of the same tests, and the commands that tests start, find them there.
+    `--cache-clear` forgets them."""
     if not config.pluginmanager.hasplugin("cacheprovider"):  # -p no:cacheprovider
         return
     folder = str(config.cache.mkdir("jax"))
     for name, value in (
         ("jax_compilation_cache_dir", folder),
-        ("jax_persistent_cache_min_compile_time_secs", 0.5),
+        ("jax_persistent_cache_min_compile_time_secs", 0),
     ):
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)

@@ -280,7 +280,11 @@ def test_top_level_is_fixed():
     assert {name for name in top if not name.startswith(".")} <= allowed
 
 
-LIGHT = ["r1jax", "r1jax.ops", "r1jax.rl", "pallas_kernels"]
+LIGHT = [
+    "r1jax.rl",
+    "pallas_kernels",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("r1jax", "r1jax.ops")),
+]
 # Processor seconds, not wall: the machine that runs the tests may be busy with other things.
 LIGHT_SECONDS = 1.0
 IMPORT = """

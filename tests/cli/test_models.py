@@ -88,6 +88,7 @@ def test_generate_prints_the_answer_and_json_the_same(folder, capsys):
     assert "best of 3 kept" in reranked[1]
 
 
+@pytest.mark.slow
 def test_generate_multiplies_in_fp8_if_asked(folder, tmp_path, capsys, monkeypatch):
     """A checkpoint's blocks are made ready once, before the first token."""
     said(capsys, "export", folder, tmp_path / "hf", "--dtype=fp8")

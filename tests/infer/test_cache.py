@@ -71,6 +71,7 @@ def test_logits_of_few_rows_and_of_many(cfg):
     assert model.output_head().logits(hidden[:0]).shape == (0, *many.shape[1:])
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(cuts=st.lists(st.integers(1, 10), max_size=3, unique=True))
 def test_any_chunks(cuts):
@@ -114,6 +115,7 @@ def test_rows_are_written_at_once_on_gpus(monkeypatch):
         np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("drafts", "costs"),
     [

@@ -53,6 +53,7 @@ def test_with_every_token_among_the_candidates_the_best_is_greedy(monkeypatch):
     assert generate(model(), PROMPTS, sampling) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafts", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_token_after_the_drafts_is_the_main_models(drafts):
     """Every (drafts + 1)-th token follows from a full pass over all that is before it, so the cache
@@ -98,6 +99,7 @@ def test_the_candidates_come_from_the_modules_own_distribution():
             token = draft_XT[x, t][None, None]
 
 
+@pytest.mark.slow
 def test_the_seed_makes_the_text():
     runs = [
         generate(model(), PROMPTS, Sampling(1.0, max_tokens=12, drafts=2, rerank=2, seed=s))

@@ -100,6 +100,7 @@ def test_greedy_is_token_identical(drafts, costs):
     assert {len(row) for row in wanted} != {24}, "some row should have ended early"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "patience",
     [
@@ -233,6 +234,7 @@ def test_costs_count_the_experts_that_further_tokens_read():
     assert read_by_draft(cfg, 2) - read_by_draft(cfg, 1) == pytest.approx(more / layers)
 
 
+@pytest.mark.slow
 def test_drafts_that_should_not_pay_are_made_only_where_always():
     """A CPU has so small a model in its caches: a token more costs nearly a pass."""
     model, how = tiny.model(tiny.model_config()), dict(max_tokens=12, drafts=2)
@@ -288,6 +290,7 @@ def test_drafts_need_the_module():
         Generation(tiny.model(tiny.plain_model_config()), [[1]], Sampling(max_tokens=4, drafts=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_it_decodes_whatever_the_default_dtypes_are(drafts, temperature):
@@ -310,6 +313,7 @@ def test_the_seed_makes_the_text():
     assert runs[0] == runs[1] != runs[2]
 
 
+@pytest.mark.slow
 def test_the_text_does_not_depend_on_how_fast_it_is_made(monkeypatch):
     """Calls of one token or of many: the number of drafts changes at the same tokens."""
     model, texts = tiny.model(tiny.model_config()), []
@@ -325,6 +329,7 @@ def test_the_text_does_not_depend_on_how_fast_it_is_made(monkeypatch):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_the_order_of_a_batch_changes_nothing():
     model = tiny.model(tiny.model_config())
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [2]]

@@ -27,6 +27,13 @@ from tests.golden.architectures_from_transformers import directions, trained, we
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "architectures.json").read_text())["cases"]
+few = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("deepseek_yarn", "qwen3") else pytest.mark.slow)
+        for name in CASES
+    ],
+)
 # Two float32 systems that sum in other orders; the demand is 1e-4.
 LOGITS = 2e-5
 # Gradients pass through twice as many sums; the demand is 1e-3.
@@ -83,7 +90,7 @@ def test_logits(checkpoints, name, side):
     assert np.abs(wanted).max() > 1
 
 
-@pytest.mark.parametrize("name", CASES)
+@few
 def test_gradients(checkpoints, name):
     cfg, model = checkpoints[name]
     tokens, positions, segments = rows(name, "logits")
@@ -109,7 +116,7 @@ def test_gradients(checkpoints, name):
         assert np.abs(whole - g[key]).max() <= GRADIENT * np.abs(g[key]).max(), key
 
 
-@pytest.mark.parametrize("name", CASES)
+@few
 def test_greedy_text(checkpoints, name):
     tokens, pads = golden()[f"{name}/tokens"], golden()[f"{name}/pads"]
     prompts = [row[n:].tolist() for row, n in zip(tokens, pads, strict=True)]

@@ -82,7 +82,7 @@ def test_there_and_back_is_bit_identical(tmp_path, name, dtype):
         pytest.param(mesh, dtype, id=f"{dtype}-{kind}", marks=marks)
         for mesh, kind in zip(meshes(), ("one", "explicit", "auto"), strict=True)
         for dtype in ("bf16", "fp8")
-        for marks in [pytest.mark.slow if dtype == "bf16" and kind != "one" else ()]
+        for marks in [() if kind == "one" else pytest.mark.slow]
     ],
 )
 def test_onto_a_mesh(tmp_path, mesh, dtype):
@@ -133,6 +133,7 @@ def test_kept_fp8_is_the_dequantised_model(tmp_path):
     np.testing.assert_array_equal(bf16["moe_layers.feed_forward.w_up"][...][0, 2], whole.T)
 
 
+@pytest.mark.slow
 def test_kept_fp8_multiplies_in_fp8(tmp_path):
     """By the recipe kept blocks and dequantised weights give the same numbers, and others than
     without it."""

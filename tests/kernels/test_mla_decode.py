@@ -32,7 +32,9 @@ everywhere = pytest.mark.parametrize("backend", BACKENDS)
 
 @everywhere
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
-@pytest.mark.parametrize(("queries", "splits"), [(1, 1), (3, 3)])
+@pytest.mark.parametrize(
+    ("queries", "splits"), [pytest.param(1, 1, marks=pytest.mark.slow), (3, 3)]
+)
 def test_it_is_attention_over_the_pages(queries, splits, dtype, backend):
     q_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
     check(

@@ -294,6 +294,7 @@ def log_probabilities(cfg):
     return np.asarray(run(model, rows))
 
 
+@pytest.mark.slow
 def test_on_eight_devices():
     """Where blocks divide the pieces, a mesh changes nothing about a pass."""
     cfg = dataclasses.replace(CFG, mtp_depth=0)

@@ -39,6 +39,7 @@ def test_what_is_prepared_is_not_copied():
     assert same == {path for path in before if not linear_weight(path)}
 
 
+@pytest.mark.slow
 def test_generation(monkeypatch):
     """Prefill, cached steps and drafts; it is done by itself."""
     model, prompts = models.model(CFG), [[1, 2, 3], [4, 5, 6, 7, 8]]
@@ -57,6 +58,7 @@ def test_generation(monkeypatch):
     assert found == wanted
 
 
+@pytest.mark.slow
 def test_a_rollout(monkeypatch):
     """Its loop is given blocks, and draws what it draws from the weights."""
     model = models.model(CFG)

@@ -199,7 +199,7 @@ if sys.argv[2] == "wait":
 """
 
 
-@pytest.mark.parametrize("end", ["kill", "leave"])
+@pytest.mark.parametrize("end", ["kill", pytest.param("leave", marks=pytest.mark.slow)])
 def test_workers_die_with_their_parent(judge, end):
     """By SIGKILL and by leaving without close(), with both workers at work."""
     argument = "wait" if end == "kill" else "leave"

@@ -138,6 +138,7 @@ def test_greedy_rows_are_the_argmax_of_the_full_forward_pass():
         assert completion.tolist() == best[len(start) - 1 : -1].tolist()
 
 
+@pytest.mark.slow
 def test_it_draws_whatever_the_default_dtypes_are():
     """Under 64 bits too; the greedy rows are the same, other noise is drawn for the rest."""
     wanted = draw()

@@ -149,7 +149,9 @@ def picked_rows(update):
     return [minibatch == m for m in range(update.minibatches)] * update.epochs
 
 
-@pytest.mark.parametrize("update", [ONE, MANY], ids=["one", "many"])
+@pytest.mark.parametrize(
+    "update", [ONE, pytest.param(MANY, marks=pytest.mark.slow)], ids=["one", "many"]
+)
 def test_the_step_is_the_unrolled_one(update):
     """Parameters, biases, last gradient, metrics; with a reference that is another model."""
     r, reference = drawn(temperature=0.7), tiny.state(seed=1).params
@@ -210,6 +212,7 @@ QWEN2_BF16 = models.dense_config(qwen2=True, dtype="bfloat16")
 DEEPSEEK_BF16 = dataclasses.replace(tiny.DEEPSEEK, dtype="bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cfg", "update"),
     [
@@ -227,6 +230,7 @@ def test_the_ratio_is_one_in_bfloat16(cfg, update):
     assert 0.0 < metrics["sampler_error"] < BFLOAT16
 
 
+@pytest.mark.slow
 def test_the_samplers_own_probabilities_weigh_what_is_learnt():
     """Truncated importance sampling: all tokens 1.5 times likelier under the trainer, then 4."""
     r, cfg = drawn(), UpdateConfig(beta=BETA, importance_cap=2.0)
@@ -241,6 +245,7 @@ def test_the_samplers_own_probabilities_weigh_what_is_learnt():
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(found[1.0])) > 0.01
 
 
+@pytest.mark.slow
 def test_each_token_is_weighed_by_how_far_the_sampler_was_behind():
     """Gradient and figures against numpy's weights of the sampler's own log-probabilities."""
     r, cap = drawn(), 1.5

@@ -160,6 +160,7 @@ test_loop.run_stage(
 """
 
 
+@pytest.mark.slow
 def test_kill_9(tmp_path, whole):
     """The process is gone between two steps: what it had saved is what goes on."""
     code = KILLED.format(out=str(tmp_path))

@@ -70,7 +70,9 @@ def whole_logp(model, batch):
     return (each * rows["mask"][:, 1:]).sum(1).reshape(-1, 2)
 
 
-@pytest.mark.parametrize("name", ["dpo", "cdpo", "ipo"])
+@pytest.mark.parametrize(
+    "name", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cdpo", "ipo"))]
+)
 def test_the_step_is_the_loss_written_out(name):
     state, metrics = dpo(name)
     policy, reference = tiny.state(), tiny.state(seed=1).params
@@ -120,7 +122,7 @@ def reward_model(loss, batch):
     return state, step(PairsConfig(loss=loss))(state, batch, STILL)
 
 
-@pytest.mark.parametrize("name", ["pairwise", "pointwise"])
+@pytest.mark.parametrize("name", ["pairwise", pytest.param("pointwise", marks=pytest.mark.slow)])
 def test_reward_models_learn_from_the_last_token(name):
     answers = 2 if name == "pairwise" else 1
     batch = pairs(answers=answers)

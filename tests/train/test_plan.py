@@ -146,6 +146,7 @@ def test_what_the_compiler_says_of_a_program_too_large(said):
         compiled(Short("INTERNAL: RET_CHECK failure"))
 
 
+@pytest.mark.slow
 def test_decoding_holds_caches_and_no_moments():
     found = plan(CFG, EIGHT, "decode", chips=jax.devices())
     assert set(found.arguments) == {"parameters", "cache"}
@@ -156,6 +157,7 @@ def test_decoding_holds_caches_and_no_moments():
     assert found.fits
 
 
+@pytest.mark.slow
 def test_decoding_where_the_sampler_holds_its_weights():
     """Laid out for decoding all but experts are whole, and in what layers compute with; nothing is
     gathered that the training layout gathers."""

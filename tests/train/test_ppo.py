@@ -148,11 +148,13 @@ def test_what_a_rollout_leaves_for_its_updates():
     np.testing.assert_allclose(found["kl"], (old - ref) * mask, rtol=FLOAT32)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_one_batch():
     whole, pieces = (after(cfg, lr=0.1, value_lr=0.1) for cfg in (ONE, PIECES))
     chex.assert_trees_all_close(pieces, whole, rtol=SUMS, atol=SUMS)
 
 
+@pytest.mark.slow
 def test_at_learning_rate_0_every_ratio_is_1():
     """Over minibatches and epochs, with a critic that does move."""
     (actor, _), metrics = after(MANY, value_lr=0.1, temperature=0.7, rollout=drawn(temperature=0.7))

@@ -60,7 +60,7 @@ atexit.register(print, "in order")
 @pytest.mark.parametrize(
     ("end", "says"),
     [
-        ("sys.exit(2)", "in order\n"),
+        pytest.param("sys.exit(2)", "in order\n", marks=pytest.mark.slow),
         # The console does not wait.
         ("command.main = lambda: 2; print('failed'); sys.exit(command.console())", "failed\n"),
     ],

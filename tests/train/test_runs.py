@@ -119,6 +119,7 @@ def test_grpo_leaves_a_model_and_is_not_run_twice(tmp_path, start):
         run_trainer(dataclasses.replace(grpo_run(start), seed=1), out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["own", pytest.param("shared", marks=pytest.mark.slow)])
 def test_ppo_leaves_a_policy_without_its_critic(tmp_path, start, critic):
     ppo = PPOConfig(
@@ -163,7 +164,7 @@ def pairs_run(start, path, loss):
 @pytest.mark.parametrize(
     ("make", "how"),
     [
-        (ppo_run, "own"),
+        pytest.param(ppo_run, "own", marks=pytest.mark.slow),
         pytest.param(ppo_run, "shared", marks=pytest.mark.slow),
         (pairs_run, "dpo"),
         pytest.param(pairs_run, "pairwise", marks=pytest.mark.slow),
@@ -205,6 +206,7 @@ def test_dpo_learns_what_is_preferred(tmp_path, start):
     assert summary["stages"][0]["heldout_accuracy"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_trained_and_rewards(tmp_path, start):
     """It ranks its pairs, is opened again, and its score is a reward of GRPO."""
     pairs = PairsConfig(loss="pairwise", steps=12, batch_size=4, length=24, optim=FAST)

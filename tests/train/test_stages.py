@@ -108,8 +108,13 @@ def refilled(run, questions=fresh):
     return grpo(run, update=dapo, refill=1, questions=questions, dead=CFG.rl_1.group_size)
 
 
-@pytest.mark.parametrize("stage", [supervised, grpo, refilled])
-@pytest.mark.parametrize(("at", "how", "every"), [(3, "signal", 1e9), (4, "fault", 0.0)])
+@pytest.mark.parametrize(
+    "stage", [supervised, grpo, pytest.param(refilled, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    ("at", "how", "every"),
+    [pytest.param(3, "signal", 1e9, marks=pytest.mark.slow), (4, "fault", 0.0)],
+)
 def test_a_resumed_stage_is_the_uninterrupted_one(tmp_path, stage, at, how, every):
     """Parameters, moments, router, reference, data, noise, and every number logged."""
     watch = Watch()
