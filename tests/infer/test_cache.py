@@ -146,6 +146,7 @@ def test_writing_beyond_the_room_of_a_row_is_never_asked_for(drafts, costs, monk
         assert best[len(prompt) - 1 :].tolist() == row
 
 
+@pytest.mark.slow
 def test_long_prompts_come_in_chunks(monkeypatch):
     model = tiny.model(CONFIGS[0])
     # Rounding moved one entry of seed 3 by 1.6e-5 on one CPU, ten times as far as these entries.

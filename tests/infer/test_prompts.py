@@ -30,7 +30,7 @@ def answered(model, prompts, sampling, kept=None):
     [
         (0, 0, 512, False),
         (0, 0, 512, True),
-        (2, 0, 8, True),
+        pytest.param(2, 0, 8, True, marks=pytest.mark.slow),
         pytest.param(2, 0, 8, False, marks=pytest.mark.slow),
         pytest.param(2, 2, 512, False, marks=pytest.mark.slow),
         pytest.param(2, 2, 512, True, marks=pytest.mark.slow),
@@ -78,6 +78,7 @@ def test_what_is_fed_after_a_shared_prefix_is_the_whole():
         np.testing.assert_allclose(a[:, :, :29], b[:, :, :29], rtol=SAME, atol=SAME)
 
 
+@pytest.mark.slow
 def test_drafts_after_a_turn_without_are_fed_anew():
     model, plain = tiny.model(tiny.model_config()), Sampling(temperature=0.0, max_tokens=6)
     (answer,), generation = answered(model, [[1, 2, 3]], plain)

@@ -137,6 +137,7 @@ def test_rounds_without_drafts_leave_nothing_out(patience, monkeypatch):
         assert d.next_BW[b, :more].tolist() == row[n + 1 : n + more + 1]
 
 
+@pytest.mark.slow
 def test_a_pass_that_is_not_worth_it_is_not_made():
     """One draft a round where the second asks for a pass: no other is kept or counted."""
     model = tiny.model(tiny.model_config())

@@ -61,7 +61,13 @@ def meshes():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16", "fp8"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("deepseek", "qwen3") else pytest.mark.slow)
+        for name in CONFIGS
+    ],
+)
 def test_there_and_back_is_bit_identical(tmp_path, name, dtype):
     """HF → ours → disk → ours → HF, MTP layer, biases and FP8 scales included."""
     source = write(tmp_path / "hf", CONFIGS[name], dtype)

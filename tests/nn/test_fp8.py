@@ -153,6 +153,7 @@ def numpy_gradient_rounded(y, fp8):
     return run(y)
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_are_those_of_numpys_products(monkeypatch):
     state, metrics = on_one_device()
     monkeypatch.setattr(linear, "fp8_linear", numpy_linear)

@@ -98,6 +98,7 @@ def test_a_policy_at_its_reference_knows_nothing():
     assert (metrics["accuracy"], metrics["margin"]) == (0.5, 0.0)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_one_batch():
     chex.assert_trees_all_close(dpo(micro=2), dpo(), rtol=SUMS, atol=SUMS)
 

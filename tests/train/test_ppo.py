@@ -177,6 +177,7 @@ def test_a_critic_that_is_not_a_number_moves_nothing_and_is_counted():
         chex.assert_tree_all_finite((state.opt, state.router))
 
 
+@pytest.mark.slow
 def test_a_shared_trunk_with_no_value_weight_has_the_policy_gradient_of_ppo():
     """The same values from a critic of its own, and the policy's gradient is the same."""
     r, both = drawn(), shared()

@@ -224,6 +224,7 @@ def test_a_reward_model_is_trained_and_rewards(tmp_path, start):
     )
 
 
+@pytest.mark.slow
 def test_general_prompts_are_judged_by_their_reward_models(tmp_path, start):
     """R1's second stage: from a step on they take the place of questions."""
     pairs = PairsConfig(loss="pairwise", steps=1, batch_size=4, length=24, optim=FAST)
