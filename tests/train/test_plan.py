@@ -186,7 +186,7 @@ def test_decoding_with_redundant_experts():
     experts = [v for v in leaves(build(MODEL)).values() if "expert" in v.out_sharding]
     stacked = sum(v[...].nbytes for v in experts if "layers" in v.out_sharding)
     e, layers = MODEL.moe.n_routed_experts, MODEL.num_layers - MODEL.first_k_dense
-    places = 4 * layers * (e + 4 + e)
+    places = 4 * layers * 2 * (e + 4)  # an expert and a share for each slot
     grown = two.arguments["parameters"] - one.arguments["parameters"]
     assert grown == stacked // e + places
     odd = dataclasses.replace(more, sampling=dataclasses.replace(CFG.sampling, redundant_experts=3))
