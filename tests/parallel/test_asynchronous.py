@@ -135,11 +135,7 @@ def test_a_resumed_run_learns_from_the_batch_that_was_in_flight(tmp_path, at, ho
 @pytest.mark.parametrize(
     ("mesh", "sampler"),
     [
-        pytest.param(
-            MeshConfig(fsdp=2, tensor=2),
-            SamplerConfig(data=2, tensor=2),
-            marks=pytest.mark.slow,
-        ),
+        (MeshConfig(fsdp=2, tensor=2), SamplerConfig(data=2, tensor=2)),
         pytest.param(MeshConfig(fsdp=4), SamplerConfig(data=1, expert=4), marks=pytest.mark.slow),
         pytest.param(MeshConfig(expert=2, fsdp=2), SamplerConfig(data=3), marks=pytest.mark.slow),
         (MeshConfig(), SamplerConfig(data=7)),

@@ -110,7 +110,6 @@ def test_rows_that_the_devices_do_not_divide():
     check(DENSE, MeshConfig(data=4, tensor=2), prompts=5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "cfg",
     [

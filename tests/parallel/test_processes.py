@@ -63,7 +63,6 @@ def files_of(out):
     return {p.name: checkpoint.steps(p) for p in (out / "checkpoints").iterdir()}
 
 
-@pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(tmp_path, folder):  # noqa: F811
     """SIGTERM to one: both save the same step and end with 0; eight devices of one process end it
     as if nothing had been."""

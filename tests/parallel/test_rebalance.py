@@ -86,7 +86,6 @@ def check(mesh, kind=AUTO, cfg=CFG):
     return fullest(load_LE, mesh.expert), fullest(new_LE, mesh.expert)
 
 
-@pytest.mark.slow
 def test_the_same_function_with_equal_loads():
     """Groups of two experts go to two devices: 4 groups of loads, dealt out by twos."""
     before, after = check(MeshConfig(expert=2, fsdp=4))

@@ -102,7 +102,6 @@ def _assert_lies(found, wanted):
     assert trimmed(found) == trimmed(wanted)
 
 
-@pytest.mark.slow
 def test_a_mesh_of_experts_positions_and_heads():
     check_supervised(MeshConfig(expert=2, context=2, tensor=2))
 
