@@ -119,9 +119,9 @@ def test_rows_are_written_at_once_on_gpus(monkeypatch):
 @pytest.mark.parametrize(
     ("drafts", "costs"),
     [
-        pytest.param(0, None, id="none", marks=pytest.mark.slow),
+        pytest.param(0, None, id="none"),
         pytest.param(2, generating.ALWAYS, id="always"),
-        pytest.param(2, Costs(0.3, 0.4), id="given up", marks=pytest.mark.slow),
+        pytest.param(2, Costs(0.3, 0.4), id="given up"),
     ],
 )
 def test_writing_beyond_the_room_of_a_row_is_never_asked_for(drafts, costs, monkeypatch):

@@ -89,19 +89,26 @@ def test_drafts_after_a_turn_without_are_fed_anew():
     assert [found] == generate(model, [prompt], plain)
 
 
-@pytest.mark.parametrize("flags", [None, "--xla_cpu_experimental_ynn_fusion_type="])
-def test_many_rows_are_compiled_for_another_library_and_are_the_same(flags, monkeypatch):
-    """First and further chunks; what the environment says of libraries stands."""
-    if flags is not None:
-        monkeypatch.setenv("XLA_FLAGS", flags)
+@pytest.mark.parametrize("flags", ["", "--xla_cpu_experimental_ynn_fusion_type="])
+def test_many_rows_are_compiled_for_another_library(flags, monkeypatch):
+    """On CPUs; what the environment says of libraries stands."""
+    monkeypatch.setenv("XLA_FLAGS", flags)
     for way in (feeding._begin, feeding._extend):
         apart = way(feeding.MANY) is not way(feeding.MANY - 1)
-        assert apart == (flags is None and jax.default_backend() == "cpu")
+        assert apart == (not flags and jax.default_backend() == "cpu")
+
+
+def test_many_rows_are_the_same(monkeypatch):
+    """A first and a further chunk of 4 × 16 tokens, as few and as many rows."""
+    monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(feeding, "CHUNK", 16)
     model = tiny.model(tiny.model_config())
     prompts = [[1 + (i + n) % 9 for n in range(20)] for i in range(4)]
-    few = feed(model, prompts, mtp=True)
-    monkeypatch.setattr(feeding, "MANY", 16 * len(prompts))
+    ways = [way(feeding.MANY) for way in (feeding._begin, feeding._extend)]
+    few, before = feed(model, prompts, mtp=True), [way._cache_size() for way in ways]
+    monkeypatch.setattr(feeding, "MANY", 4 * 16)
     many = feed(model, prompts, mtp=True)
+    if jax.default_backend() == "cpu":
+        assert [way._cache_size() for way in ways] == [n + 1 for n in before]
     near = lambda a, b: np.testing.assert_allclose(a, b, rtol=SAME, atol=SAME)  # noqa: E731
     jax.tree.map(near, many[:3], few[:3])

@@ -54,7 +54,7 @@ def test_with_every_token_among_the_candidates_the_best_is_greedy(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafts", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("drafts", [2, 3])
 def test_the_token_after_the_drafts_is_the_main_models(drafts):
     """Every (drafts + 1)-th token follows from a full pass over all that is before it, so the cache
     holds what the chosen continuation left; a row stops at its end and at its limit."""

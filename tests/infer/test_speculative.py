@@ -104,7 +104,7 @@ def test_greedy_is_token_identical(drafts, costs):
 @pytest.mark.parametrize(
     "patience",
     [
-        pytest.param(0.0, id="calls of one token", marks=pytest.mark.slow),
+        pytest.param(0.0, id="calls of one token"),
         pytest.param(1e9, id="whole calls"),
     ],
 )

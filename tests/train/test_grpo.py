@@ -216,10 +216,10 @@ DEEPSEEK_BF16 = dataclasses.replace(tiny.DEEPSEEK, dtype="bfloat16")
 @pytest.mark.parametrize(
     ("cfg", "update"),
     [
-        pytest.param(QWEN2_BF16, ONE, id="qwen2-one", marks=pytest.mark.slow),
+        pytest.param(QWEN2_BF16, ONE, id="qwen2-one"),
         pytest.param(DEEPSEEK_BF16, MANY, id="deepseek-many"),
-        pytest.param(QWEN2_BF16, MANY, id="qwen2-many", marks=pytest.mark.slow),
-        pytest.param(DEEPSEEK_BF16, ONE, id="deepseek-one", marks=pytest.mark.slow),
+        pytest.param(QWEN2_BF16, MANY, id="qwen2-many"),
+        pytest.param(DEEPSEEK_BF16, ONE, id="deepseek-one"),
     ],
 )
 def test_the_ratio_is_one_in_bfloat16(cfg, update):

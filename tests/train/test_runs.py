@@ -120,7 +120,7 @@ def test_grpo_leaves_a_model_and_is_not_run_twice(tmp_path, start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("critic", ["own", pytest.param("shared", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("critic", ["own", "shared"])
 def test_ppo_leaves_a_policy_without_its_critic(tmp_path, start, critic):
     ppo = PPOConfig(
         steps=2, prompts=4, critic=critic, optim=FAST, value_optim=FAST, reward=BY_WORDS
