@@ -210,7 +210,7 @@ def test_attacks_are_answered_and_the_pool_lives():
         assert math_reward([""], ["1"], ["1"], pool=pool) == 1
         replaced_by = time.monotonic() + RESTART
         while len(pool.pids()) < 2 and time.monotonic() < replaced_by:
-            time.sleep(0.1)  # the last attack's worker is being replaced beside the other's answer
+            time.sleep(0.1)  # the last attack's worker is being replaced
         assert len(pool.pids()) == 2
         assert all(worker_megabytes(pid) < limits.resident_bytes >> 20 for pid in pool.pids())
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

@@ -160,6 +160,18 @@ def test_a_worker_killed_from_outside(judge):
         assert pool.map([["score", 1, 0]])[0].score == 1
 
 
+@pytest.mark.parametrize("item", ["hang", "crash"])
+def test_a_lost_worker_is_replaced_before_the_next_item(judge, item):
+    with WorkerPool(judge, workers=1, limits=FAST) as pool:
+        lost = int(pool.map(["pid"])[0].score)
+        pool.map([item])
+        until = time.monotonic() + 20
+        while not pool.pids() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert len(pool.pids()) == 1
+        assert pool.pids() != [lost]
+
+
 def test_workers_are_replaced_when_old_or_grown(judge):
     limits = Limits(items_per_worker=3, resident_bytes=100 << 20)
     with WorkerPool(judge, workers=1, limits=limits) as pool:

@@ -164,9 +164,7 @@ class _Supervisor(threading.Thread):
         self.worker: _Worker | None = None
 
     def run(self) -> None:
-        # Begin now, so that the first item finds the worker warm. Its error is told on an item.
-        with contextlib.suppress(RuntimeError):
-            self._ready()
+        self._warm()  # begin now, not with the first item
         try:
             while (job := self.pool.jobs.get()) is not None:
                 self._serve(*job)
@@ -182,13 +180,20 @@ class _Supervisor(threading.Thread):
             future.set_exception(error)
             return
         outcome = worker.ask(message)
-        if not worker.alive() or worker.worn():
+        if spent := not worker.alive() or worker.worn():
             self._drop()
         if self.pool.closing.is_set() and outcome.status == "died":
             future.set_exception(RuntimeError("the pool was closed before the item was done"))
             return
         self.pool.count(outcome.status)
         future.set_result(outcome)
+        if spent:
+            self._warm()
+
+    def _warm(self) -> None:
+        """Starts a worker before an item needs it. Its error is told on that item."""
+        with contextlib.suppress(RuntimeError, OSError):
+            self._ready()
 
     def _ready(self) -> _Worker:
         """A live worker; one that was killed while idle is replaced at no item's cost."""
