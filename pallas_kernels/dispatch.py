@@ -115,19 +115,20 @@ def check_dtype(name: str, dtype: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} has dtype {dtype.name}, expected one of {', '.join(allowed)}")
 
 
-def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays, each varying over all the mesh axes that one of them varies over.
+def varying_alike(*operands: Any) -> tuple[Any, ...]:
+    """Pytrees of arrays, each array varying over all the mesh axes that one of them varies over.
 
     Inside `jax.shard_map` a weight is often the same on all devices while rows are not. Its
     gradient is then a sum over the devices: the transpose of this cast, which JAX adds by itself,
     where a custom VJP would have to.
     """
-    varying = [jax.typeof(x).mat.varying for x in arrays]
-    lacking = [tuple(sorted(frozenset().union(*varying) - own)) for own in varying]
-    return tuple(
-        jax.lax.pcast(x, missing, to="varying") if missing else x
-        for x, missing in zip(arrays, lacking, strict=True)
-    )
+    over = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(operands)))
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(over - jax.typeof(x).mat.varying))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, operands)
 
 
 def without_derivative(call: Callable[..., T], instead: str) -> Callable[..., T]:

@@ -262,9 +262,7 @@ def index(*axes: str) -> jax.Array | int:
 
 def gather(x: jax.Array, *axes: str | None, along: str) -> jax.Array:
     """`x`, whose logical axes are `axes`, whole along one of them."""
-    where = axes.index(along)
-    live = carriers(*(a for a in axes if a is not None))
-    names = tuple(n for n in _names((spec(*axes)[where],)) if n in live)
+    where, names = axes.index(along), _along(axes, along)
     # One mesh axis at a time, as an axis of its own where pieces are odd or innermost: XLA:TPU
     # makes an all-reduce and a slice of other reduce-scatters, which gradients come back by.
     for name in reversed(names):
@@ -274,6 +272,19 @@ def gather(x: jax.Array, *axes: str | None, along: str) -> jax.Array:
         pieces = jnp.moveaxis(jax.lax.all_gather(x, name), 0, where)
         x = pieces.reshape(*x.shape[:where], -1, *x.shape[where + 1 :])
     return x
+
+
+def piece(*axes: str | None, along: str) -> tuple[jax.Array | int, int]:
+    """(which piece this device holds of an array as `gather` takes it, of how many)."""
+    names = _along(axes, along)
+    of = math.prod(jax.sharding.get_abstract_mesh().shape[n] for n in names)
+    return (jax.lax.axis_index(names) if names else 0), of
+
+
+def _along(axes: tuple[str | None, ...], along: str) -> tuple[str, ...]:
+    """Mesh axes that an array of these logical axes is cut over along one of them."""
+    live = carriers(*(a for a in axes if a is not None))
+    return tuple(n for n in _names((spec(*axes)[axes.index(along)],)) if n in live)
 
 
 def total(x: jax.Array, *axes: str) -> jax.Array:

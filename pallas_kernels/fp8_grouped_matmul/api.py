@@ -16,7 +16,7 @@ import numpy as np
 from pallas_kernels import dispatch, groups, scaled
 from pallas_kernels.dispatch import Backend, Implementation
 from pallas_kernels.fp8_grouped_matmul import ref
-from pallas_kernels.fp8_matmul.api import DTYPES, Recipe, pad
+from pallas_kernels.fp8_matmul.api import DTYPES, Recipe, check_made, pad
 from pallas_kernels.fp8_quantize import quantize_blocks, quantize_both, quantize_tiles
 from pallas_kernels.scaled import Scaled
 
@@ -111,6 +111,7 @@ def fp8_grouped_linear(
     w_EKN: jax.Array,
     group_sizes_E: jax.Array,
     *,
+    blocks: Scaled | None = None,
     block: int = 128,
     power_of_two: bool = False,
     tail: bool = False,
@@ -122,6 +123,7 @@ def fp8_grouped_linear(
         x_MK: [M, K] bfloat16 or float32, rows sorted by group.
         w_EKN: [E, K, N] bfloat16 or float32 (a float32 master weight stays as it is).
         group_sizes_E, tail: as `grouped_matmul`.
+        blocks: as `fp8_linear`, [E, K, N] filled up.
         block, power_of_two, implementation: as `fp8_linear`, and as there K and N are filled up.
 
     Returns:
@@ -143,24 +145,24 @@ def fp8_grouped_linear(
     if backend.explicit:
         _module(backend)  # Unsupported before anything is quantised
     recipe = Recipe(block, power_of_two, implementation)
-    operands = dispatch.varying_alike(
-        pad(x_MK, block, (1,)), pad(w_EKN, block, (1, 2)), group_sizes_E
-    )
+    x_MK, w_EKN = pad(x_MK, block, (1,)), pad(w_EKN, block, (1, 2))
+    check_made(blocks, w_EKN, block)
+    operands = dispatch.varying_alike(x_MK, w_EKN, blocks, group_sizes_E)
     return _linear(recipe, *operands)[:, :n]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(recipe: Recipe, x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def _linear(recipe: Recipe, x_MK, w_EKN, blocks: Scaled | None, sizes_E) -> jax.Array:
     options = dict(block=recipe.block, implementation=recipe.implementation)
     x = quantize_tiles(x_MK, rows=sizes_E.sum(), power_of_two=recipe.power_of_two, **options)
-    w = quantize_blocks(w_EKN, **options)
+    w = blocks or quantize_blocks(w_EKN, **options)
     return fp8_grouped_fprop(x, w, sizes_E, tail=True, dtype=x_MK.dtype, **options)
 
 
-def _linear_forward(recipe, x_MK, w_EKN, sizes_E):
+def _linear_forward(recipe, x_MK, w_EKN, blocks, sizes_E):
     options = dict(block=recipe.block, implementation=recipe.implementation)
     x, xt = quantize_both(x_MK, rows=sizes_E.sum(), power_of_two=recipe.power_of_two, **options)
-    w = quantize_blocks(w_EKN, **options)
+    w = blocks or quantize_blocks(w_EKN, **options)
     y = fp8_grouped_fprop(x, w, sizes_E, tail=True, dtype=x_MK.dtype, **options)
     return y, (xt, w, sizes_E, jnp.zeros((0,), w_EKN.dtype))
 
@@ -171,7 +173,7 @@ def _linear_backward(recipe, kept, dy_MN):
     dy, dyt = quantize_both(dy_MN, rows=sizes_E.sum(), power_of_two=recipe.power_of_two, **options)
     dx = fp8_grouped_dgrad(dy, w, sizes_E, tail=True, dtype=dy_MN.dtype, **options)
     dw = fp8_grouped_wgrad(xt, dyt, sizes_E, dtype=like_w.dtype, **options)
-    return dx, dw, np.zeros(sizes_E.shape, jax.dtypes.float0)
+    return dx, dw, None, np.zeros(sizes_E.shape, jax.dtypes.float0)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)

@@ -108,6 +108,7 @@ def fp8_linear(
     x: jax.Array,
     w_KN: jax.Array,
     *,
+    blocks: Scaled | None = None,
     block: int = 128,
     power_of_two: bool = False,
     implementation: Implementation = None,
@@ -121,6 +122,8 @@ def fp8_linear(
     Args:
         x: [..., K] bfloat16 or float32.
         w_KN: [K, N] bfloat16 or float32 (a float32 master weight stays as it is).
+        blocks: w in blocks, where they are made already: [K, N] filled up, as `quantize_blocks`
+            gives it. The values of w are not read then; the weight's gradient is still w's.
         block: side of the weight's blocks, length of the tiles.
         power_of_two: scales of activations and gradients are powers of two; the weight's are not.
         implementation: see `pallas_kernels.dispatch`.
@@ -139,9 +142,19 @@ def fp8_linear(
             f"x {x.shape} and w {w_KN.shape} do not multiply: expected [..., K], [K, N]"
         )
     recipe = Recipe(block, power_of_two, implementation)
-    x_MK = pad(x.reshape(-1, x.shape[-1]), block, (1,))
-    y_MN = _linear(recipe, *dispatch.varying_alike(x_MK, pad(w_KN, block, (0, 1))))
+    x_MK, w = pad(x.reshape(-1, x.shape[-1]), block, (1,)), pad(w_KN, block, (0, 1))
+    check_made(blocks, w, block)
+    y_MN = _linear(recipe, *dispatch.varying_alike(x_MK, w, blocks))
     return y_MN[:, : w_KN.shape[1]].reshape(*x.shape[:-1], -1)
+
+
+def check_made(blocks: Scaled | None, w: jax.Array, block: int) -> None:
+    """Raises ValueError unless the blocks of a weight, if there are any, fit it filled up."""
+    if blocks is None:
+        return
+    scaled.check_blocks("blocks", blocks, block)
+    if blocks.values.shape != w.shape:
+        raise ValueError(f"blocks {blocks.values.shape} are not of w, filled up {w.shape}")
 
 
 def pad(x: jax.Array, block: int, axes: tuple[int, ...]) -> jax.Array:
@@ -151,17 +164,17 @@ def pad(x: jax.Array, block: int, axes: tuple[int, ...]) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(recipe: Recipe, x_MK: jax.Array, w_KN: jax.Array) -> jax.Array:
+def _linear(recipe: Recipe, x_MK: jax.Array, w_KN: jax.Array, blocks: Scaled | None) -> jax.Array:
     block, power, implementation = recipe
     x = quantize_tiles(x_MK, block=block, power_of_two=power, implementation=implementation)
-    w = quantize_blocks(w_KN, block=block, implementation=implementation)
+    w = blocks or quantize_blocks(w_KN, block=block, implementation=implementation)
     return fp8_fprop(x, w, block=block, dtype=x_MK.dtype, implementation=implementation)
 
 
-def _linear_forward(recipe, x_MK, w_KN):
+def _linear_forward(recipe, x_MK, w_KN, blocks):
     block, power, implementation = recipe
     x, xt = quantize_both(x_MK, block=block, power_of_two=power, implementation=implementation)
-    w = quantize_blocks(w_KN, block=block, implementation=implementation)
+    w = blocks or quantize_blocks(w_KN, block=block, implementation=implementation)
     y = fp8_fprop(x, w, block=block, dtype=x_MK.dtype, implementation=implementation)
     return y, (xt, w, jnp.zeros((0,), w_KN.dtype))
 
@@ -172,7 +185,7 @@ def _linear_backward(recipe, kept, dy_MN):
     dy, dyt = quantize_both(dy_MN, block=block, power_of_two=power, implementation=implementation)
     options = dict(block=block, implementation=implementation)
     dx = fp8_dgrad(dy, w, dtype=dy_MN.dtype, **options)
-    return dx, fp8_wgrad(xt, dyt, dtype=like_w.dtype, **options)
+    return dx, fp8_wgrad(xt, dyt, dtype=like_w.dtype, **options), None
 
 
 _linear.defvjp(_linear_forward, _linear_backward)

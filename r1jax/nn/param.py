@@ -16,9 +16,11 @@ from jax.sharding import PartitionSpec
 
 from r1jax.ops.blocks import Blocks, in_blocks
 from r1jax.ops.linear import FP8
+from r1jax.parallel.weights import crossed, lies
 from r1jax.sharding import carriers, gather, spec
 
 POOLED = 1 << 20  # parameters up to this size share one draw
+WHOLE = "embed", "latent"  # axes that are cut for memory alone: layers want them whole
 
 
 class RouterBias(nnx.Variable):
@@ -107,24 +109,29 @@ def use(variable: nnx.Variable, dtype: Any, *along: str) -> jax.Array:
     Args:
         variable: of a module, or of one layer inside a stack's scan.
         dtype: of the activations.
-        along: logical axes to be made whole; "embed" and "latent" if none is named.
+        along: logical axes to be made whole; `WHOLE` if none is named.
     """
     x, axes = variable[...].astype(dtype), _axes(variable)
-    for axis in along or ("embed", "latent"):
+    for axis in along or WHOLE:
         if axis in axes:
             x = gather(x, *axes, along=axis)
     return x
 
 
-def operand(variable: nnx.Variable, dtype: Any, fp8: FP8 | None) -> jax.Array:
+def operand(variable: nnx.Variable, dtype: Any, fp8: FP8 | None) -> jax.Array | Blocks:
     """`use` for `ops.linear`: FP8 is made of the float32 weight itself, which gets its gradient so.
 
-    Across devices go then four bytes a value. What lies in blocks already is handed on.
+    It is made before the weight crosses devices, if it does. What lies in blocks already is handed
+    on.
     """
-    held = variable[...]
-    if fp8 is not None and isinstance(held, Blocks):
+    held, axes = variable[...], _axes(variable)
+    if fp8 is None:
+        return use(variable, dtype)
+    if isinstance(held, Blocks):
         return held
-    return use(variable, dtype if fp8 is None else jnp.float32)
+    if how := lies(axes, variable.inputs, fp8.block, WHOLE):
+        return crossed(held.astype(jnp.float32), how)
+    return use(variable, jnp.float32)
 
 
 def whole(variable: nnx.Variable, dtype: Any) -> jax.Array:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that stay in E4M3 where they are read and not trained: what the recipe's products take.
+"""Weights that are in E4M3 before a product reads them.
 
-DeepSeek-V3 (arXiv 2412.19437) section 3.3.2. A pass that trains makes blocks of a master weight
-each time; a loop that decodes reads the same ones at every token, a byte a value. Blocks of a
-checkpoint are taken as they are stored.
+DeepSeek-V3 (arXiv 2412.19437) section 3.3.2. On one device a pass that trains makes blocks of a
+master weight where it multiplies; a loop that decodes reads the same ones at every token, a byte a
+value. Blocks of a checkpoint are taken as they are stored. A weight that crosses devices is in
+blocks before (`parallel.weights`), and its products pass the gradient on to the master weight.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -32,12 +33,15 @@ class Blocks:
         scale: [..., K' / b, N' / b] float32.
         own: (*K, *N), the last axes of the weight.
         inputs: how many of these are K, which products contract.
+        master: [..., *K, *N] what products pass the weight's gradient to, in its dtype. Its values
+            are not read: those of a weight that crossed devices did not. None: not trained.
     """
 
     values: jax.Array
     scale: jax.Array
     own: tuple[int, ...] = field(metadata=dict(static=True))
     inputs: int = field(metadata=dict(static=True))
+    master: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,9 +64,19 @@ class Blocks:
         return Scaled(self.values, self.scale)
 
     @property
-    def outputs(self) -> int:
-        """N."""
-        return math.prod(self.own[self.inputs :])
+    def written(self) -> jax.Array:
+        """[..., K, N]: the master weight, or zeros for none."""
+        lead, k = self.values.shape[:-2], math.prod(self.own[: self.inputs])
+        whole = jnp.zeros(self.shape, jnp.float32) if self.master is None else self.master
+        return whole.reshape(*lead, k, -1)
+
+    def trained(self, master: jax.Array | None) -> "Blocks":
+        """With another master weight, or none."""
+        return replace(self, master=master)
+
+    def nowhere(self) -> "Blocks":
+        """Of the same structure, with no derivative of values and scales: for gradients."""
+        return replace(self, values=None, scale=None)
 
     def __getitem__(self, key: Any) -> "Blocks":
         """`w[...]`, the whole, as a module reads its parameters."""
@@ -74,7 +88,8 @@ class Blocks:
         """The weight: values · scale, rounded to `dtype` once."""
         whole = of_blocks(self.matrix, self.values.shape[-1] // self.scale.shape[-1])
         k = math.prod(self.own[: self.inputs])
-        return whole[..., :k, : self.outputs].reshape(self.shape).astype(dtype)
+        n = math.prod(self.own[self.inputs :])
+        return whole[..., :k, :n].reshape(self.shape).astype(dtype)
 
 
 def in_blocks(w: jax.Array | BlockScaled, own: int, inputs: int, block: int) -> Blocks:

@@ -16,9 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import chips
-from pallas_kernels.fp8_grouped_matmul import fp8_grouped_fprop, fp8_grouped_linear
-from pallas_kernels.fp8_matmul.api import pad
-from pallas_kernels.fp8_quantize import quantize_tiles
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_linear
 from r1jax.ops.blocks import Blocks
 from r1jax.ops.deal import laid_out, slots, summed, weight_of
 from r1jax.ops.linear import FP8
@@ -117,26 +115,17 @@ def fp8_experts(
     The tiles of the weights' gradients go over the rows as they are sorted, from one expert's into
     the next one's.
 
-    Args and Returns: as `experts`; the weights are quantised as they are. Nothing can be
-    differentiated through `Blocks`.
+    Args and Returns: as `experts`; the weights are quantised as they are, or in blocks already.
     """
 
     def product(rows_MK, w_EKN, sizes_E, real):
         del real  # the rows behind the last expert's are zeros already
-        if isinstance(w_EKN, Blocks):
-            return _by_blocks(rows_MK, w_EKN, sizes_E, fp8)
         how = dict(block=fp8.block, power_of_two=fp8.power_of_two)
+        if isinstance(w_EKN, Blocks):
+            w_EKN, how["blocks"] = w_EKN.written, w_EKN.matrix
         return fp8_grouped_linear(rows_MK, w_EKN, sizes_E, tail=True, **how)
 
     return _by_rows(x_TD, index_TK, weight_TK, weights, bound=rows, product=product)
-
-
-def _by_blocks(rows_MK, w_EKN: Blocks, sizes_E, fp8: FP8):
-    x_MK = pad(rows_MK, fp8.block, (1,))
-    how = dict(power_of_two=fp8.power_of_two, rows=sizes_E.sum())
-    tiles = quantize_tiles(x_MK, block=fp8.block, **how)
-    how = dict(block=fp8.block, tail=True, dtype=rows_MK.dtype)
-    return fp8_grouped_fprop(tiles, w_EKN.matrix, sizes_E, **how)[:, : w_EKN.outputs]
 
 
 def _dense(x_TD, index_TK, weight_TK, weights):

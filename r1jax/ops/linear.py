@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chips import present
-from pallas_kernels.fp8_matmul import fp8_fprop, fp8_linear
+from pallas_kernels.fp8_matmul import fp8_linear
 from pallas_kernels.fp8_matmul.api import pad
 from pallas_kernels.fp8_quantize import quantize_tiles
 from pallas_kernels.scaled import Scaled
@@ -46,7 +46,7 @@ def linear(equation: str, x: jax.Array, w: jax.Array | Blocks, fp8: FP8 | None) 
         equation: of `jnp.einsum`: the last axes of x with the first of w, as "btd,dhk->bthk".
         x: [..., *K] activations.
         w: [*K, *N]; without a recipe it is cast to x's dtype, with one it is quantised as it is.
-            Nothing can be differentiated through one that lies in blocks already.
+            Of one that lies in blocks already the gradient is its master's.
         fp8: the recipe, or None.
 
     Returns:
@@ -63,24 +63,16 @@ def linear(equation: str, x: jax.Array, w: jax.Array | Blocks, fp8: FP8 | None) 
     if fp8 is None:
         matrix = _matrix(w.astype(x.dtype), axes)
         return (rows.reshape(math.prod(rows.shape[:-1]), len(matrix)) @ matrix).reshape(result)
-    if isinstance(w, Blocks):
-        return _by_blocks(rows, w, fp8).reshape(result)
+    made = isinstance(w, Blocks)
     with jax.named_scope("fp8_linear"):
         y = fp8_linear(
             rows,
-            _matrix(w, axes),
+            w.written if made else _matrix(w, axes),
+            blocks=w.matrix if made else None,
             block=fp8.block,
             power_of_two=fp8.power_of_two,
         )
     return y.reshape(result)
-
-
-def _by_blocks(rows: jax.Array, w: Blocks, fp8: FP8) -> jax.Array:
-    """[..., N] of rows [..., K] and a weight that is quantised already."""
-    x_MK = pad(rows.reshape(-1, rows.shape[-1]), fp8.block, (1,))
-    with jax.named_scope("fp8_linear"):
-        tiles = quantize_tiles(x_MK, block=fp8.block, power_of_two=fp8.power_of_two)
-        return fp8_fprop(tiles, w.matrix, block=fp8.block, dtype=rows.dtype)[:, : w.outputs]
 
 
 def seen(w: jax.Array | Blocks, fp8: FP8 | None, *, axes: int = 1) -> jax.Array:

@@ -109,13 +109,13 @@ def _gathered(x_TD, index_TK, weight_TK, weights, size: Room, *, fp8):
     how = choose(-(-t // pieces) * ranks, k, held * ranks, platform())
 
     # The gradients of the weights are summed up in float32, whatever they are used in.
-    dtypes, wide = [w.dtype for w in weights], [w.astype(jnp.float32) for w in weights]
+    wide = weights if fp8 else [w.astype(jnp.float32) for w in weights]
 
     def one(_, piece):
         x = to_all(piece[0], axis, fp8)
         index_tK, weight_tK = (jax.lax.all_gather(p, axis, tiled=True) for p in piece[1:])
         here_tK, rows = mine(index_tK, weights), len(x) * min(k, held)
-        narrow = tuple(w.astype(d) for w, d in zip(wide, dtypes, strict=True))
+        narrow = wide if fp8 else [w.astype(n.dtype) for w, n in zip(wide, weights, strict=True)]
         y = computed(x, here_tK, weight_tK, narrow, fp8=fp8, how=how, rows=rows)
         return None, from_all(y, axis, fp8)
 

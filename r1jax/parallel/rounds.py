@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.scaled import Scaled
+from r1jax.ops.blocks import Blocks
 from r1jax.ops.deal import Slots, laid_out, slots, summed
 from r1jax.ops.experts import experts, fp8_experts
 from r1jax.ops.linear import FP8, tiled, untiled
@@ -24,7 +25,7 @@ from r1jax.sharding import carriers, count, index, platform, total
 
 ROUNDS = "dispatch_rounds"  # scope of the loop over items
 
-Weights = tuple[jax.Array, jax.Array, jax.Array]  # w_gate_EDF, w_up_EDF, w_down_EFD
+Weights = tuple[jax.Array | Blocks, ...]  # w_gate_EDF, w_up_EDF, w_down_EFD
 
 
 class Room(NamedTuple):
@@ -77,7 +78,7 @@ def in_rounds(how: tuple[Room, FP8 | None], rows, weights: Weights):
     what they bring the weights in float32, whatever they are used in.
     """
     size, fp8 = how
-    rounds_P = _all_rounds(rows[1], weights, size)
+    rounds_P, weights = _all_rounds(rows[1], weights, size), _read(weights)
 
     def bring(y_PTD, done):
         with jax.named_scope("combine"):
@@ -99,7 +100,7 @@ def in_rounds(how: tuple[Room, FP8 | None], rows, weights: Weights):
 
 def _forward(how, rows, weights):
     y_PTD, rounds_P = in_rounds(how, rows, weights)
-    return (y_PTD, rounds_P), (rows, rounds_P, weights)
+    return (y_PTD, rounds_P), (rows, rounds_P, _read(weights))
 
 
 def _backward(how, kept, given):
@@ -122,11 +123,12 @@ def _backward(how, kept, given):
         (ticket, here, given_RD), done, sums, total_held = carry
         coming = send(j + 1)
 
-        def run(x_RD, weight_RK, weights):
+        def run(x_RD, weight_RK, masters):
             moved = here._replace(x_RD=x_RD, weight_RK=weight_RK)
-            return computed(*moved, weights, fp8=fp8, rows=size.computed)
+            return computed(*moved, _passed(weights, masters), fp8=fp8, rows=size.computed)
 
-        *brought, held = jax.vjp(run, here.x_RD, here.weight_RK, weights)[1](given_RD)
+        masters = _masters(weights)
+        *brought, held = jax.vjp(run, here.x_RD, here.weight_RK, masters)[1](given_RD)
         total_held = tuple(t + h.astype(t.dtype) for t, h in zip(total_held, held, strict=True))
         return coming, (ticket, *brought), bring(sums, done), total_held
 
@@ -138,12 +140,29 @@ def _backward(how, kept, given):
         start = first, none, start, zeros
         _, done, sums, held = jax.lax.fori_loop(0, rounds_P.sum(), turn, start)
         d_x, d_weight = bring(sums, done)
-    return (d_x, None, d_weight), tuple(
-        h.astype(w.dtype) for h, w in zip(held, weights, strict=True)
-    )
+    held = tuple(h.astype(m.dtype) for h, m in zip(held, _masters(weights), strict=True))
+    none = tuple(w.nowhere() if isinstance(w, Blocks) else w for w in weights)
+    return (d_x, None, d_weight), _passed(none, held)
 
 
 in_rounds.defvjp(_forward, _backward)
+
+
+def _read(weights: Weights) -> Weights:
+    """Without master weights, which no product reads: loops need not carry them."""
+    return tuple(w.trained(None) if isinstance(w, Blocks) else w for w in weights)
+
+
+def _masters(weights: Weights) -> tuple[jax.Array, ...]:
+    """What gradients are passed to: the weights, or zeros that stand for them."""
+    zeros = lambda w: jnp.zeros(w.shape, jnp.float32)  # noqa: E731
+    return tuple(zeros(w) if isinstance(w, Blocks) else w for w in weights)
+
+
+def _passed(weights: Weights, masters: tuple[jax.Array, ...]) -> Weights:
+    """The weights with these masters."""
+    pairs = zip(weights, masters, strict=True)
+    return tuple(w.trained(m) if isinstance(w, Blocks) else m for w, m in pairs)
 
 
 def computed(x_TD, index_TK, weight_TK, weights: Weights, *, fp8: FP8 | None, rows=None, how=None):

@@ -118,6 +118,17 @@ def test_linear_and_its_gradients(backend, size, power_of_two, dtype):
             assert error(got, want) <= FLOAT32_ERROR
 
 
+@pytest.mark.parametrize("backend", FP8_BACKENDS)
+def test_blocks_made_before_are_read_and_the_weight_is_not(backend):
+    x, w, dy = normal(5, 24, 200), normal(6, 200, 72), normal(7, 24, 72)
+    layer = functools.partial(fp8_linear, implementation=backend)
+    blocks = quantize_blocks(np.pad(w, ((0, 56), (0, 56))), implementation=XLA)
+    y, pull = jax.vjp(layer, x, w)
+    made, pulled = jax.vjp(lambda x, w: layer(x, w, blocks=blocks), x, np.full_like(w, np.nan))
+    for got, want in zip((made, *pulled(dy)), (y, *pull(dy)), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_what_is_kept_for_the_backward_pass_is_fp8():
     x, w = jnp.ones((256, 512), jnp.bfloat16), jnp.ones((512, 256))
     _, pull = jax.eval_shape(lambda x, w: jax.vjp(fp8_linear, x, w), x, w)
@@ -137,14 +148,16 @@ def test_a_tile_with_nan_spoils_its_row_and_no_other():
 @pytest.mark.parametrize(
     "backend", [pytest.param(XLA, id="xla"), pytest.param(TPU_FP8, id="tpu7x")]
 )
-def test_under_scan_remat_and_shard_map(backend):
+@pytest.mark.parametrize("made", [False, True])
+def test_under_scan_remat_and_shard_map(backend, made):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
     x, w = normal(10, 8, 128), normal(11, 2, 128, 128) / 11
 
     @jax.checkpoint
     def layer(x, w):
-        return fp8_linear(x, w, implementation=backend), None
+        blocks = quantize_blocks(jax.lax.stop_gradient(w), implementation=backend) if made else None
+        return fp8_linear(x, w, blocks=blocks, implementation=backend), None
 
     checked = backend == XLA  # JAX then adds the sum over devices; simulation cannot be checked
 
@@ -187,6 +200,18 @@ WEIGHT = Scaled(jnp.ones((256, 128), jnp.float8_e4m3fn), jnp.ones((2, 1)))
         (lambda: fp8_fprop(ONES, WEIGHT, dtype=jnp.float16), "the result has dtype float16"),
         (lambda: fp8_linear(jnp.ones((4, 8)), jnp.ones((9, 8))), r"x \(4, 8\) and w \(9, 8\)"),
         (lambda: fp8_linear(jnp.ones((4, 8), jnp.int32), jnp.ones((8, 8))), "x has dtype int32"),
+        (
+            lambda: fp8_linear(jnp.ones((4, 8)), jnp.ones((8, 8)), blocks=WEIGHT),
+            r"blocks \(256, 128\) are not of w, filled up \(128, 128\)",
+        ),
+        (
+            lambda: fp8_linear(
+                jnp.ones((4, 256)),
+                jnp.ones((256, 128)),
+                blocks=WEIGHT._replace(scale=jnp.ones((1, 1))),
+            ),
+            r"need scale \(2, 1\), got \(1, 1\)",
+        ),
         (
             lambda: jax.grad(lambda s: fp8_fprop(ONES._replace(scale=s), WEIGHT).sum())(ONES.scale),
             "differentiate fp8_linear",

@@ -105,6 +105,17 @@ def test_fp8_grouped_linear_and_gradients(backend, name):
     assert error(got[1], dx) <= FLOAT32_ERROR
 
 
+@pytest.mark.parametrize("backend", FP8_BACKENDS)
+def test_blocks_made_before_are_read_and_the_weights_are_not(backend):
+    x, w, dy, sizes = case("ragged")
+    blocks = quantize_blocks(w, implementation=XLA)
+    layer = functools.partial(fp8_grouped_linear, implementation=backend)
+    wanted = ways(layer, x, w, dy, sizes)
+    layer = functools.partial(layer, blocks=blocks)
+    for got, want in zip(ways(layer, x, np.full_like(w, np.nan), dy, sizes), wanted, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weight_gradients_of_the_quantised_operands(backend):
     x, w, dy, sizes = case("ragged")
@@ -155,6 +166,10 @@ HALVES = jnp.array([4, 4])
         (lambda: grouped_outer(X, X[:4], HALVES), r"x \(8, 128\) and dy \(4, 128\)"),
         (lambda: fp8_grouped_linear(X, W, jnp.array([9, 0])), "sum to 9"),
         (lambda: fp8_grouped_linear(X, W[0], HALVES), r"w \(128, 128\)"),
+        (
+            lambda: fp8_grouped_linear(X, W, HALVES, blocks=Scaled(QW.values[:1], QW.scale[:1])),
+            r"blocks \(1, 128, 128\) are not of w, filled up \(2, 128, 128\)",
+        ),
         (
             lambda: fp8_grouped_fprop(QX, QW._replace(scale=jnp.ones((2, 1, 2))), HALVES),
             r"need scale \(2, 1, 1\), got \(2, 1, 2\)",

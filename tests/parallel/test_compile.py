@@ -80,6 +80,7 @@ def test_the_sparse_dispatch_compiles_for_a_tpu(eight, fp8):
     sent = [line for line in text.splitlines() if "ragged-all-to-all-start(" in line]
     assert sent
     assert any("f8e4m3fn" in line for line in sent) == fp8
+    assert any("f8e4m3fn" in line for line in text.splitlines() if " all-gather" in line) == fp8
     assert ROUNDS in text
     assert "conditional(" not in text
     assert compiled.memory_analysis().temp_size_in_bytes > 0

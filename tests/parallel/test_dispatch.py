@@ -14,7 +14,8 @@ from r1jax.ops.experts import experts
 from r1jax.ops.linear import FP8
 from r1jax.parallel import dispatch as D
 from r1jax.parallel.mesh import make_mesh
-from r1jax.sharding import local, spec
+from r1jax.parallel.weights import crossed, lies
+from r1jax.sharding import gather, local, spec
 
 # Sums of the same float32 numbers in another order.
 FLOAT32 = 2e-5
@@ -24,11 +25,11 @@ RANKS = 4
 RECIPE, TILES = FP8(2, False), 0.1
 
 
-def drawn():
+def drawn(dim=DIM):
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-    weights = (draw(EXPERTS, DIM, HIDDEN), draw(EXPERTS, DIM, HIDDEN), draw(EXPERTS, HIDDEN, DIM))
-    return draw(TOKENS, DIM), np.abs(draw(TOKENS, K)), weights, draw(TOKENS, DIM)
+    weights = (draw(EXPERTS, dim, HIDDEN), draw(EXPERTS, dim, HIDDEN), draw(EXPERTS, HIDDEN, dim))
+    return draw(TOKENS, dim), np.abs(draw(TOKENS, K)), weights, draw(TOKENS, dim)
 
 
 def loads(name):
@@ -132,6 +133,44 @@ def test_what_is_sent_in_fp8_is_what_one_device_computes(sparse, load):
     exact, (d_x, *_), _ = found(load, sparse)
     for g, e in ((y, exact), (rows[0], d_x)):
         assert 0 < np.linalg.norm(g - e) < TILES * np.linalg.norm(e)
+
+
+@pytest.mark.parametrize("block", [2, 3], ids=["end inside blocks", "end with blocks"])
+@pytest.mark.parametrize("load", ["even", "skewed"])
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "gathered"])
+def test_weights_that_crossed_in_blocks_are_those_that_crossed_in_float32(sparse, load, block):
+    """Values and gradients, of experts that are cut along D over two devices each."""
+    x, weight, weights, given = drawn(2 * DIM)
+    fp8 = FP8(block, False)
+
+    def run(moved, x, weight, weights):
+        rows, inner = spec("batch", None), (("embed", None), ("embed", None), (None, "embed"))
+        held = tuple(spec("expert", *own) for own in inner)
+
+        def one(x, index, weight, weights):
+            named = (("expert", *own) for own in inner)
+            whole = tuple(moved(w, axes) for w, axes in zip(weights, named, strict=True))
+            how = dict(reach=K, slack=1.5, sparse=sparse, pieces=2, fp8=fp8)
+            return D.dispatch(x, index, weight, whole, **how)
+
+        cut = local(one, (rows, rows, rows, held), (rows, spec()))
+        y, over = cut(x, loads(load), weight, weights)
+        return (y * given).sum(), (y, over)
+
+    def in_blocks(w, axes):
+        return crossed(w, lies(axes, 1, block, ("embed",)))
+
+    def in_float32(w, axes):
+        return gather(w, *axes, along="embed")
+
+    mesh = make_mesh(MeshConfig(expert=RANKS, fsdp=2), jax.devices()[: 2 * RANKS])
+    with jax.set_mesh(mesh):
+        call = functools.partial(jax.grad, argnums=(1, 2, 3), has_aux=True)
+        program = jax.jit(call(run), static_argnums=0)
+        found, expected = (program(m, x, weight, weights) for m in (in_blocks, in_float32))
+    assert found[1][1] == expected[1][1] == (sparse and load == "skewed")
+    for g, e in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(g, e, rtol=FLOAT32, atol=FLOAT32 * np.abs(e).max())
 
 
 def crossing(jaxpr):
