@@ -16,11 +16,10 @@ from jax.sharding import PartitionSpec
 
 from r1jax.ops.blocks import Blocks, in_blocks
 from r1jax.ops.linear import FP8
-from r1jax.parallel.weights import crossed, lies
+from r1jax.parallel.weights import WHOLE, blocks_lie, crossed, lies, stored
 from r1jax.sharding import carriers, gather, spec
 
 POOLED = 1 << 20  # parameters up to this size share one draw
-WHOLE = "embed", "latent"  # axes that are cut for memory alone: layers want them whole
 
 
 class RouterBias(nnx.Variable):
@@ -109,7 +108,7 @@ def use(variable: nnx.Variable, dtype: Any, *along: str) -> jax.Array:
     Args:
         variable: of a module, or of one layer inside a stack's scan.
         dtype: of the activations.
-        along: logical axes to be made whole; `WHOLE` if none is named.
+        along: logical axes to be made whole; `parallel.weights.WHOLE` if none is named.
     """
     x, axes = variable[...].astype(dtype), _axes(variable)
     for axis in along or WHOLE:
@@ -128,8 +127,8 @@ def operand(variable: nnx.Variable, dtype: Any, fp8: FP8 | None) -> jax.Array | 
     if fp8 is None:
         return use(variable, dtype)
     if isinstance(held, Blocks):
-        return held
-    if how := lies(axes, variable.inputs, fp8.block, WHOLE):
+        return held.here
+    if how := lies(axes, variable.inputs, fp8.block):
         return crossed(held.astype(jnp.float32), how)
     return use(variable, jnp.float32)
 
@@ -153,16 +152,29 @@ def specs(tree: Any) -> Any:
     None at the end is left out, as in the results of programs: `jit` compares specs word by word.
 
     Raises:
-        ValueError: weights in FP8 blocks, values and scales: their blocks are not cut.
+        ValueError: a checkpoint's FP8 blocks, or ours where a device's part would end inside one.
     """
-    leaves = jax.tree.leaves(tree, is_leaf=_is_variable)
-    if any(len(jax.tree.leaves(x)) != 1 for x in leaves):
-        raise ValueError(
-            "weights in FP8 blocks cannot be cut over devices: use the model they were made of, or "
-            "open the checkpoint with dtype 'bfloat16' or 'float32'"
-        )
-    found = [_trimmed(spec(*_axes(x))) if _is_variable(x) else PartitionSpec() for x in leaves]
+    found = []
+    for x in jax.tree.leaves(tree, is_leaf=_is_variable):
+        if not _is_variable(x):
+            found.append(PartitionSpec())
+        elif len(jax.tree.leaves(x)) == 1:
+            found.append(_trimmed(spec(*_axes(x))))
+        else:
+            found += [_trimmed(_blocks_spec(x))] * 2  # values and scales
     return jax.tree.unflatten(jax.tree.structure(tree), found)
+
+
+def _blocks_spec(x: nnx.Variable) -> PartitionSpec:
+    held = x[...]
+    if isinstance(held, Blocks):
+        where = blocks_lie(_axes(x), held.own, held.inputs, held.block)
+        if where is not None:
+            return where
+    raise ValueError(
+        "weights in these FP8 blocks cannot be cut over devices: use the model they were made of, "
+        "or open the checkpoint with dtype 'bfloat16' or 'float32'"
+    )
 
 
 def _trimmed(where: PartitionSpec) -> PartitionSpec:
@@ -184,22 +196,31 @@ def as_used(module: nnx.Module) -> nnx.Module:
 
 
 def resident(module: nnx.Module) -> nnx.Module:
-    """`as_used`, and by the recipe with the weights of its products in blocks, for one device.
+    """`as_used`, and by the recipe with the weights of its products in blocks.
 
     Nothing that is computed with it differs, as every pass would make the same blocks; but of a
     checkpoint's blocks, whose scales are then those that were stored, not those of the values.
+
+    On a mesh it is for the inside of a program, with the rules in force by which the weights lie;
+    those of which a device's part would end inside a block stay as they are.
     """
     cfg = module.cfg
     if not cfg.fp8.enabled:
         return as_used(module)
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1
 
     def one(x: nnx.Variable) -> nnx.Variable:
         if isinstance(x[...], Blocks):
             return x
         if not x.inputs:
             return x if x.exact else x.replace(x[...].astype(cfg.dtype))
-        own = len([axis for axis in x.out_sharding if axis not in ("layers", "expert")])
-        return x.replace(_in_blocks(x[...], own, x.inputs, cfg.fp8.block))
+        axes = x.out_sharding
+        if alone:
+            own = len([axis for axis in axes if axis not in ("layers", "expert")])
+            return x.replace(_in_blocks(x[...], own, x.inputs, cfg.fp8.block))
+        made = stored(x[...], axes, x.inputs, cfg.fp8.block)
+        return x if made is None else x.replace(made)
 
     return jax.tree.map(one, module, is_leaf=_is_variable)
 
@@ -209,7 +230,7 @@ _in_blocks = jax.jit(in_blocks, static_argnums=(1, 2, 3))
 
 
 def has_blocks(module: nnx.Module) -> bool:
-    """Whether it is `resident` by the recipe: it decodes on one device, and cannot be saved."""
+    """Whether it is `resident` by the recipe: it decodes, and cannot be saved."""
     return any(isinstance(variable.get_value(), Blocks) for variable in leaves(module).values())
 
 

@@ -70,6 +70,21 @@ class Blocks:
         whole = jnp.zeros(self.shape, jnp.float32) if self.master is None else self.master
         return whole.reshape(*lead, k, -1)
 
+    @property
+    def block(self) -> int:
+        """b."""
+        return self.values.shape[-1] // self.scale.shape[-1]
+
+    @property
+    def here(self) -> "Blocks":
+        """Of a weight that is cut over devices along the first axis of K or of N, in whole blocks:
+        what a device holds is a weight itself."""
+        own = list(self.own)
+        for first, last, held in ((0, self.inputs, -2), (self.inputs, len(own), -1)):
+            if (size := self.values.shape[held]) < math.prod(own[first:last]):
+                own[first] = size // math.prod(own[first + 1 : last])
+        return replace(self, own=tuple(own))
+
     def trained(self, master: jax.Array | None) -> "Blocks":
         """With another master weight, or none."""
         return replace(self, master=master)
@@ -86,7 +101,7 @@ class Blocks:
 
     def astype(self, dtype: Any) -> jax.Array:
         """The weight: values · scale, rounded to `dtype` once."""
-        whole = of_blocks(self.matrix, self.values.shape[-1] // self.scale.shape[-1])
+        whole = of_blocks(self.matrix, self.block)
         k = math.prod(self.own[: self.inputs])
         n = math.prod(self.own[self.inputs :])
         return whole[..., :k, :n].reshape(self.shape).astype(dtype)

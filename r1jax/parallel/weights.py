@@ -5,6 +5,8 @@ DeepSeek-V3 (arXiv 2412.19437) section 3.3. A device that holds a part of a mast
 part of the blocks, and all parts are gathered: a byte a value where the float32 weight has four,
 and each device quantises its own part alone. The blocks are those of the whole weight, to the bit,
 wherever it is cut. The gradient comes back in the master's float32, summed over the devices.
+
+What decodes keeps the blocks (`stored`): a byte a value, made once.
 """
 
 import functools
@@ -13,20 +15,23 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from pallas_kernels import scaled
 from pallas_kernels.fp8_matmul.api import pad
 from pallas_kernels.fp8_quantize import quantize_blocks
 from pallas_kernels.scaled import Scaled
-from r1jax.ops.blocks import Blocks
-from r1jax.sharding import gather, piece
+from r1jax.ops.blocks import Blocks, in_blocks
+from r1jax.sharding import gather, local, piece, pieces, spec
+
+WHOLE = "embed", "latent"  # axes that are cut for memory alone: products want them whole
 
 
 class Lies(NamedTuple):
     """How a part of a weight [..., *K, *N] lies inside a `local` region.
 
     Attributes:
-        axes: logical axes of the weight; "expert" comes before its own.
+        axes: logical axes of the weight; "layers" and "expert" come before its own.
         inputs: how many of its own axes are K.
         along: the one that is gathered: K or N by itself.
         block: b, side of the blocks that are made of it.
@@ -40,7 +45,7 @@ class Lies(NamedTuple):
     @property
     def lead(self) -> int:
         """How many axes come before the weight's own."""
-        return self.axes.count("expert")
+        return _lead(self.axes)
 
     @property
     def matrix(self) -> tuple[str | None, ...]:
@@ -49,15 +54,13 @@ class Lies(NamedTuple):
         return *self.axes[: self.lead], *((self.along, None) if rows else (None, self.along))
 
 
-def lies(axes: tuple[str | None, ...], inputs: int, block: int, along: tuple[str, ...]):
-    """`Lies` of a weight that is cut along one of `along`, which is all of its K or N; else None.
+def lies(axes: tuple[str | None, ...], inputs: int, block: int) -> Lies | None:
+    """`Lies` of a weight that is cut along one of `WHOLE`, which is all of its K or N; else None.
 
-    Args:
-        axes, inputs, block: as in `Lies`.
-        along: logical axes that products want whole.
+    Args: as in `Lies`.
     """
-    cut = [axis for axis in along if axis in axes and piece(*axes, along=axis)[1] > 1]
-    own = [axis for axis in axes if axis != "expert"]
+    cut = [axis for axis in WHOLE if axis in axes and piece(*axes, along=axis)[1] > 1]
+    own = list(axes[_lead(axes) :])
     if len(cut) != 1 or cut not in (own[:inputs], own[inputs:]):
         return None
     return Lies(axes, inputs, cut[0], block)
@@ -73,6 +76,52 @@ def crossed(part: jax.Array, how: Lies) -> Blocks:
     made, master = _crossed(part, how)
     made = jax.lax.stop_gradient(made)  # it is the master's that counts
     return Blocks(*made, own=master.shape[how.lead :], inputs=how.inputs, master=master)
+
+
+def stored(w: jax.Array, axes: tuple[str | None, ...], inputs: int, block: int) -> Blocks | None:
+    """A weight in blocks, cut over devices along its experts, heads and hidden values alone.
+
+    Inside the program that is jitted, where the weight lies by the rules in force. None where a
+    device's part of it would end inside a block.
+
+    Args:
+        w: [*layers, *experts, *K, *N]
+        axes, inputs, block: as in `Lies`.
+    """
+    own = w.shape[_lead(axes) :]
+    where = blocks_lie(axes, own, inputs, block)
+    if where is None:
+        return None
+
+    def made(part: jax.Array) -> Scaled:
+        if how := lies(axes, inputs, block):
+            return crossed(part, how).matrix
+        for axis in WHOLE:
+            part = gather(part, *axes, along=axis) if axis in axes else part
+        return in_blocks(part, len(own), inputs, block).matrix
+
+    found = local(made, (spec(*axes),), Scaled(where, where))(w.astype(jnp.float32))
+    return Blocks(*found, own=own, inputs=inputs)
+
+
+def blocks_lie(
+    axes: tuple[str | None, ...], own: tuple[int, ...], inputs: int, block: int
+) -> PartitionSpec | None:
+    """Where values and scales [..., K', N'] of a weight lie that is `stored`, or None.
+
+    Args:
+        axes, inputs, block: as in `Lies`.
+        own: (*K, *N)
+    """
+    lead, where = _lead(axes), []
+    for start, end in ((0, inputs), (inputs, len(own))):
+        first, *others = (None if axis in WHOLE else axis for axis in axes[lead:][start:end])
+        cut = pieces(first) if first else 1
+        inside = cut > 1 and math.prod(own[start:end]) % (cut * block)
+        if inside or any(axis and pieces(axis) > 1 for axis in others):
+            return None
+        where.append(first)
+    return spec(*axes[:lead], *where)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -128,3 +177,7 @@ def _of_any_parts(part: jax.Array, how: Lies, at: int, other: int) -> Scaled:
 def _largest(x: jax.Array, axis: int, block: int) -> jax.Array:
     """The largest of each `block` along an axis."""
     return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]).max(axis + 1)
+
+
+def _lead(axes: tuple[str | None, ...]) -> int:
+    return sum(axis in ("layers", "expert") for axis in axes)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from r1jax.infer.decode import Prompt, empty_cache, light, prefill, step
 from r1jax.infer.redundant import Copies, served
 from r1jax.infer.sample import Sample, sample
-from r1jax.nn.param import as_used, specs
+from r1jax.nn.param import resident, specs
 from r1jax.sharding import DECODING, automatic, constrain, kept, ruled, spec
 
 
@@ -97,8 +97,9 @@ def laid_out_rollout(model, *args: Any, copies: Copies | None = None, **rules: A
     load_LE, redundant = (None, 0) if copies is None else copies
 
     def run(model, load_LE, *args):
+        model = resident(model)
         with ruled(DECODING):
-            model = kept(as_used(model), specs(model))
+            model = kept(model, specs(model))
             if redundant:
                 model = served(model, load_LE, redundant=redundant)
             return rollout(model, *args, **rules)

@@ -19,7 +19,7 @@ from r1jax.infer.redundant import served
 from r1jax.infer.sample import sample
 from r1jax.nn.build import build
 from r1jax.nn.count import decode_flops, forward_flops, train_flops
-from r1jax.nn.param import RouterBias, as_used
+from r1jax.nn.param import RouterBias, resident
 from r1jax.rl.rollout import Rollout
 from r1jax.sharding import DECODING, RULES, Rules, ruled, spec
 from r1jax.train.grpo import grpo_step
@@ -72,11 +72,11 @@ def abstract_state(
     """The training state as shapes that lie where the rules in force put them.
 
     Args:
-        cast: parameters are in what layers compute with, see `nn.param.as_used`.
+        cast: parameters are in what layers compute with, see `nn.param.resident`.
     """
 
     def make_state():
-        model = as_used(build(cfg.model)) if cast else build(cfg.model)
+        model = resident(build(cfg.model)) if cast else build(cfg.model)
         graphdef, params, router = nnx.split(model, nnx.Param, RouterBias)
         return TrainState(jnp.int32(0), params, router, optimizer.init(params), graphdef)
 

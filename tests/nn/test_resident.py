@@ -5,9 +5,11 @@ import jax
 import numpy as np
 import pytest
 
+from r1jax.config import MeshConfig
 from r1jax.infer.generate import Generation, Sampling, prepared
 from r1jax.nn.param import has_blocks, leaves, resident, specs
 from r1jax.ops.blocks import Blocks
+from r1jax.parallel.mesh import make_mesh
 from r1jax.rl.rollout import rollout
 from tests.nn import tiny as models
 from tests.nn.test_fp8 import CFG, QWEN2, linear_weight
@@ -24,7 +26,9 @@ def test_a_full_pass(cfg):
     np.testing.assert_allclose(run(held), run(model), rtol=1e-5, atol=1e-6)
     assert has_blocks(held)
     assert not has_blocks(model)
-    with pytest.raises(ValueError, match="cannot be cut over devices"):
+    # Blocks of four of which a device would have two rows.
+    refused = pytest.raises(ValueError, match="cannot be cut over devices")
+    with jax.set_mesh(make_mesh(MeshConfig(tensor=8))), refused:
         specs(held)
 
 

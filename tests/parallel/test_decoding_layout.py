@@ -15,7 +15,9 @@ from r1jax.nn.param import as_used, leaves, specs
 from r1jax.parallel.costs import Rules, measure
 from r1jax.parallel.hlo import parse
 from r1jax.rl.rollout import laid_out_rollout, rollout
+from tests.nn import test_fp8
 from tests.nn import tiny as models
+from tests.nn.test_fp8 import linear_weight
 from tests.parallel.test_training import AUTO, CFG, EXPLICIT, QWEN2, assert_same, on
 from tests.train import tiny
 
@@ -30,18 +32,28 @@ CUT = MeshConfig(fsdp=2, tensor=2, context=2)
 DEALT = MeshConfig(expert=4, fsdp=2)
 
 
-def compiled(fn, model, prompts=PROMPTS):
-    """A rollout of two rows a prompt, compiled, and its arguments."""
+def drawing(fn):
+    """A rollout of `asked`."""
 
     def run(model, prompt_PS, valid_PS, key, temperature_B):
         rules = dict(max_new_tokens=NEW, eos_ids=(1,), pad_id=0)
         return fn(model, prompt_PS, valid_PS, key, temperature_B, **rules)
 
+    return run
+
+
+def asked(model, prompts=PROMPTS):
+    """Two rows a prompt."""
     valid = np.ones((prompts, 4), bool)
     valid[-1, :2] = False
     prompt, temperature_B = models.tokens(0, prompts, 4), np.ones(2 * prompts, np.float32)
-    args = model, prompt, valid, jax.random.key(3), temperature_B
-    return jax.jit(run).lower(*args).compile(), args
+    return model, prompt % model.cfg.vocab_size, valid, jax.random.key(3), temperature_B
+
+
+def compiled(fn, model, prompts=PROMPTS):
+    """A rollout, compiled, and its arguments."""
+    args = asked(model, prompts)
+    return jax.jit(drawing(fn)).lower(*args).compile(), args
 
 
 @functools.cache
@@ -88,20 +100,55 @@ def test_every_mesh_draws_what_one_device_draws(cfg, mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "kind", "redundant"),
+    ("cfg", "mesh", "kind", "redundant"),
     [
-        (DEALT, AUTO, 4),
-        (DEALT, EXPLICIT, 8),
-        (MeshConfig(expert=4, tensor=2), AUTO, 4),
-        (MeshConfig(expert=2, fsdp=2, context=2), AUTO, 2),
+        (MIXTURE, DEALT, AUTO, 4),
+        (MIXTURE, DEALT, EXPLICIT, 8),
+        (MIXTURE, MeshConfig(expert=4, tensor=2), AUTO, 4),
+        (MIXTURE, MeshConfig(expert=2, fsdp=2, context=2), AUTO, 2),
+        (test_fp8.CFG, DEALT, AUTO, 4),
     ],
 )
-def test_redundant_experts_draw_the_same(mesh, kind, redundant):
+def test_redundant_experts_draw_the_same(cfg, mesh, kind, redundant):
     """Whatever the loads say: here that an expert deserves most of the copies."""
     load_LE = np.random.default_rng(0).integers(0, 9, (1, 8)).astype(np.float32)
     load_LE[0, 3] = 60
     fn = functools.partial(laid_out_rollout, copies=Copies(load_LE, redundant))
-    check(MIXTURE, mesh, kind, fn=fn)
+    check(cfg, mesh, kind, fn=fn)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "mesh", "kind"),
+    [
+        (test_fp8.CFG, DEALT, AUTO),
+        pytest.param(test_fp8.CFG, CUT, EXPLICIT, marks=pytest.mark.slow),
+        pytest.param(
+            test_fp8.CFG, MeshConfig(expert=2, fsdp=2, tensor=2), AUTO, marks=pytest.mark.slow
+        ),
+        pytest.param(test_fp8.QWEN2, CUT, AUTO, marks=pytest.mark.slow),
+    ],
+)
+def test_in_fp8_the_loop_is_given_blocks(cfg, mesh, kind):
+    """All of them: on these meshes no device's part of a weight ends inside a block."""
+    check(cfg, mesh, kind)
+    state = tiny.state(cfg)
+    with on(mesh, kind):
+        model = jax.device_put(state, specs(state)).model()
+        given = [v.aval for v in loop_of(jax.make_jaxpr(drawing(laid_out_rollout))(*asked(model)))]
+    read = [path for path in leaves(model) if linear_weight(path) and not path.startswith("mtp.")]
+    assert sum(x.dtype == "float8_e4m3fn" for x in given) == len(read)
+
+
+def loop_of(jaxpr):
+    """What the decoding loop inside a program is given."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "while":
+            return eqn.invars
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = inner if hasattr(inner, "eqns") else getattr(inner, "jaxpr", None)
+            if inner is not None and (found := loop_of(inner)):
+                return found
+    return None
 
 
 @pytest.mark.slow
