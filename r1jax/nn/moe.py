@@ -136,7 +136,8 @@ class MoE(nnx.Module):
         dtype = dtype if self.fp8 is None else jnp.float32
 
         def copied(weight):
-            # Before it is made whole along its other axes, so that less crosses devices.
+            # Before it is made whole along its other axes, so that less crosses devices; but for
+            # the recipe as float32: blocks are made of what has come.
             return weight.replace(with_copies(weight[...].astype(dtype), expert_nX))
 
         return tuple(map(copied, held)), place

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from r1jax.ops.blocks import Blocks, in_blocks
 from r1jax.ops.linear import FP8
-from r1jax.parallel.weights import WHOLE, blocks_lie, crossed, lies, stored
+from r1jax.parallel.weights import WHOLE, blocks_spec, crossed, cut_of, stored
 from r1jax.sharding import carriers, gather, spec
 
 POOLED = 1 << 20  # parameters up to this size share one draw
@@ -128,8 +128,8 @@ def operand(variable: nnx.Variable, dtype: Any, fp8: FP8 | None) -> jax.Array | 
         return use(variable, dtype)
     if isinstance(held, Blocks):
         return held.here
-    if how := lies(axes, variable.inputs, fp8.block):
-        return crossed(held.astype(jnp.float32), how)
+    if cut := cut_of(axes, variable.inputs, fp8.block):
+        return crossed(held.astype(jnp.float32), cut)
     return use(variable, jnp.float32)
 
 
@@ -168,7 +168,7 @@ def specs(tree: Any) -> Any:
 def _blocks_spec(x: nnx.Variable) -> PartitionSpec:
     held = x[...]
     if isinstance(held, Blocks):
-        where = blocks_lie(_axes(x), held.own, held.inputs, held.block)
+        where = blocks_spec(_axes(x), held.own, held.inputs, held.block)
         if where is not None:
             return where
     raise ValueError(

@@ -64,8 +64,8 @@ class Blocks:
         return Scaled(self.values, self.scale)
 
     @property
-    def written(self) -> jax.Array:
-        """[..., K, N]: the master weight, or zeros for none."""
+    def like_master(self) -> jax.Array:
+        """[..., K, N] that products are given for the gradient alone: the master, or zeros."""
         lead, k = self.values.shape[:-2], math.prod(self.own[: self.inputs])
         whole = jnp.zeros(self.shape, jnp.float32) if self.master is None else self.master
         return whole.reshape(*lead, k, -1)
@@ -89,8 +89,8 @@ class Blocks:
         """With another master weight, or none."""
         return replace(self, master=master)
 
-    def nowhere(self) -> "Blocks":
-        """Of the same structure, with no derivative of values and scales: for gradients."""
+    def cotangent(self) -> "Blocks":
+        """What a gradient looks like: of values and scales there is none."""
         return replace(self, values=None, scale=None)
 
     def __getitem__(self, key: Any) -> "Blocks":

@@ -122,7 +122,7 @@ def fp8_experts(
         del real  # the rows behind the last expert's are zeros already
         how = dict(block=fp8.block, power_of_two=fp8.power_of_two)
         if isinstance(w_EKN, Blocks):
-            w_EKN, how["blocks"] = w_EKN.written, w_EKN.matrix
+            w_EKN, how["blocks"] = w_EKN.like_master, w_EKN.matrix
         return fp8_grouped_linear(rows_MK, w_EKN, sizes_E, tail=True, **how)
 
     return _by_rows(x_TD, index_TK, weight_TK, weights, bound=rows, product=product)

@@ -67,7 +67,7 @@ def linear(equation: str, x: jax.Array, w: jax.Array | Blocks, fp8: FP8 | None) 
     with jax.named_scope("fp8_linear"):
         y = fp8_linear(
             rows,
-            w.written if made else _matrix(w, axes),
+            w.like_master if made else _matrix(w, axes),
             blocks=w.matrix if made else None,
             block=fp8.block,
             power_of_two=fp8.power_of_two,

@@ -141,7 +141,7 @@ def _backward(how, kept, given):
         _, done, sums, held = jax.lax.fori_loop(0, rounds_P.sum(), turn, start)
         d_x, d_weight = bring(sums, done)
     held = tuple(h.astype(m.dtype) for h, m in zip(held, _masters(weights), strict=True))
-    none = tuple(w.nowhere() if isinstance(w, Blocks) else w for w in weights)
+    none = tuple(w.cotangent() if isinstance(w, Blocks) else w for w in weights)
     return (d_x, None, d_weight), _passed(none, held)
 
 

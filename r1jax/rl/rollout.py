@@ -86,7 +86,8 @@ def laid_out_rollout(model, *args: Any, copies: Copies | None = None, **rules: A
 
     Where training cuts weights over devices, `rollout` gathers those of every layer at every token.
     Here they are gathered once, as layers use them, and kept until the last row has ended; experts,
-    heads and the vocabulary stay where they are. Without a mesh it is `rollout`.
+    heads and the vocabulary stay where they are. By the FP8 recipe they are put in blocks first,
+    gathered and kept so. Without a mesh it is `rollout`.
 
     Args and Returns: as `rollout`; and
         copies: of experts, for devices that share them (`infer.redundant`); None: none.
@@ -97,7 +98,7 @@ def laid_out_rollout(model, *args: Any, copies: Copies | None = None, **rules: A
     load_LE, redundant = (None, 0) if copies is None else copies
 
     def run(model, load_LE, *args):
-        model = resident(model)
+        model = resident(model)  # as it lies: parts are put in blocks, and blocks are gathered
         with ruled(DECODING):
             model = kept(model, specs(model))
             if redundant:

@@ -20,10 +20,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from r1jax.config import MeshConfig, SamplerConfig
-from r1jax.nn.param import RouterBias, as_used, specs
+from r1jax.nn.param import RouterBias, as_used, resident, specs
 from r1jax.parallel.mesh import meshes_apart
 from r1jax.rl.rollout import Rollout
-from r1jax.sharding import DECODING, ruled
+from r1jax.sharding import DECODING, kept, ruled
 from r1jax.train.collect import Collected, Collector
 from r1jax.train.program import program
 from r1jax.train.state import TrainState
@@ -44,6 +44,7 @@ class Apart:
         """
         self.mesh, self._ours = meshes_apart(mesh, sampler)
         self._give = None
+        self._held = program(_held, donate_argnums=0)
 
     def weights(self, state: TrainState) -> TrainState:
         """The state's weights on these devices, as decoding uses them. It does not wait for them.
@@ -53,7 +54,11 @@ class Apart:
         """
         if self._give is None:
             self._give, self._lies = self._compile(state)
-        return jax.device_put(self._give(state.slim()), self._lies)
+        come = jax.device_put(self._give(state.slim()), self._lies)
+        if not state.model().cfg.fp8.enabled:
+            return come
+        with jax.set_mesh(self.mesh):
+            return self._held(come)
 
     def _compile(self, state: TrainState):
         with jax.set_mesh(self.mesh), ruled(DECODING):
@@ -65,7 +70,18 @@ class Apart:
 
 
 def _as_sampled(state: TrainState) -> TrainState:
-    graphdef, params, router = nnx.split(as_used(state.model()), nnx.Param, RouterBias)
+    return _with(state, as_used(state.model()))
+
+
+def _held(state: TrainState) -> TrainState:
+    """In FP8 blocks, which each device makes of what it has."""
+    with ruled(DECODING):
+        model = resident(state.model())
+        return _with(state, kept(model, specs(model)))
+
+
+def _with(state: TrainState, model) -> TrainState:
+    graphdef, params, router = nnx.split(model, nnx.Param, RouterBias)
     return TrainState(state.step, params, router, (), graphdef, state.load)
 
 

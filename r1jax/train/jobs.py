@@ -67,16 +67,16 @@ def device_bytes(tree: Any) -> int:
 
 
 def abstract_state(
-    cfg: PlanConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, cast: bool = False
+    cfg: PlanConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, held: bool = False
 ) -> TrainState:
     """The training state as shapes that lie where the rules in force put them.
 
     Args:
-        cast: parameters are in what layers compute with, see `nn.param.resident`.
+        held: parameters are as decoding holds them, see `nn.param.resident`.
     """
 
     def make_state():
-        model = resident(build(cfg.model)) if cast else build(cfg.model)
+        model = resident(build(cfg.model)) if held else build(cfg.model)
         graphdef, params, router = nnx.split(model, nnx.Param, RouterBias)
         return TrainState(jnp.int32(0), params, router, optimizer.init(params), graphdef)
 
@@ -177,7 +177,7 @@ def _decode(cfg: PlanConfig, mesh: Mesh) -> Job:
 
 def _token(cfg: PlanConfig, mesh: Mesh, rules: Rules) -> Job:
     """`_decode` under the rules in force."""
-    state = abstract_state(cfg, optax.identity(), mesh, cast=rules is DECODING).slim()
+    state = abstract_state(cfg, optax.identity(), mesh, held=rules is DECODING).slim()
     if cfg.sampling.redundant_experts:
         state = _with_copies(state, cfg, mesh)
     prompts, rows = cfg.grpo.prompts, cfg.grpo.prompts * cfg.grpo.group_size

@@ -13,9 +13,11 @@ from r1jax.config import MeshConfig, RewardConfig, SamplerConfig, UpdateConfig
 from r1jax.data.template import R1
 from r1jax.io import metrics
 from r1jax.io.model import Model, save_model
-from r1jax.nn.param import as_used, specs
+from r1jax.nn.param import as_used, leaves, resident, specs
 from r1jax.nn.value import trunk_of, valued
+from r1jax.ops.blocks import Blocks
 from r1jax.parallel.mesh import entered
+from r1jax.rl.rollout import laid_out_rollout
 from r1jax.sharding import place
 from r1jax.train import grpo as grpo_module
 from r1jax.train import sampler as sampler_module
@@ -30,6 +32,8 @@ from r1jax.train.start import Start, save_reward_model, state_of
 from r1jax.train.state import Controls, restart
 from r1jax.train.trained import task_words
 from tests.nn import tiny as models
+from tests.nn.test_fp8 import CFG as FP8
+from tests.nn.test_fp8 import linear_weight
 from tests.parallel.test_runs import online, values
 from tests.parallel.test_training import CFG as MOE
 from tests.parallel.test_training import QWEN2 as DENSE
@@ -161,6 +165,39 @@ def test_weights_cross_over_piece_by_piece(mesh, sampler):
         assert pieces(a) <= pieces(b)
     cut = found.params["moe_layers"]["feed_forward"]["w_gate"][...]
     assert cut.addressable_shards[0].data.size * sampler.expert * sampler.tensor == cut.size
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sampler"),
+    [
+        (MeshConfig(data=3), SamplerConfig(data=1, expert=3)),
+        pytest.param(MeshConfig(fsdp=4), SamplerConfig(data=2, tensor=2), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(), SamplerConfig(data=1), marks=pytest.mark.slow),
+    ],
+    ids=["experts", "tensor", "one"],
+)
+def test_samplers_hold_fp8_weights_in_blocks(mesh, sampler):
+    """Those of one device, also where 8 values along "embed" are not cut evenly by 3 ranks; and
+    what is drawn is traced with them as they are."""
+    cfg = dataclasses.replace(
+        FP8, moe=dataclasses.replace(FP8.moe, n_routed_experts=6, n_group=3, topk_group=2)
+    )
+    state = tiny.state(cfg)
+    with entered(mesh, spare=sampler.devices):
+        apart = Apart(mesh, sampler)
+        found = apart.weights(place(state, specs(state))).model()
+    wanted = resident(tiny.state(cfg).model())
+    for path, variable in leaves(wanted).items():
+        a, b = leaves(found)[path].get_value(), variable.get_value()
+        assert isinstance(a, Blocks) == linear_weight(path)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+    rows = np.ones((6, 4), np.int32), np.ones((6, 4), bool)
+    rules = dict(max_new_tokens=2, eos_ids=(1,), pad_id=0)
+    with jax.set_mesh(apart.mesh):
+        draw = lambda *args: laid_out_rollout(*args, **rules)  # noqa: E731
+        made = jax.eval_shape(draw, found, *rows, jax.random.key(0), np.ones(6, np.float32))
+    assert made.tokens_BT.shape == (6, 2)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from r1jax.ops.experts import experts
 from r1jax.ops.linear import FP8
 from r1jax.parallel import dispatch as D
 from r1jax.parallel.mesh import make_mesh
-from r1jax.parallel.weights import crossed, lies
+from r1jax.parallel.weights import crossed, cut_of
 from r1jax.sharding import gather, local, spec
 
 # Sums of the same float32 numbers in another order.
@@ -158,7 +158,7 @@ def test_weights_that_crossed_in_blocks_are_those_that_crossed_in_float32(sparse
         return (y * given).sum(), (y, over)
 
     def in_blocks(w, axes):
-        return crossed(w, lies(axes, 1, block))
+        return crossed(w, cut_of(axes, 1, block))
 
     def in_float32(w, axes):
         return gather(w, *axes, along="embed")

@@ -15,7 +15,7 @@ from r1jax.config import MeshConfig
 from r1jax.ops.blocks import in_blocks
 from r1jax.ops.linear import FP8, linear
 from r1jax.parallel.mesh import make_mesh
-from r1jax.parallel.weights import blocks_lie, crossed, lies
+from r1jax.parallel.weights import blocks_spec, crossed, cut_of
 from r1jax.sharding import local, spec
 
 BLOCK, FLOAT32 = 16, 2e-5
@@ -55,7 +55,7 @@ def made(w, axes, inputs):
     """{field: array} of the blocks that every device holds of the whole weight."""
 
     def run(part):
-        how = lies(axes, inputs, BLOCK)
+        how = cut_of(axes, inputs, BLOCK)
         assert how is not None
         found = crossed(part, how)
         assert (found.shape[len(axes) - part.ndim :], found.inputs) == (found.shape, inputs)
@@ -107,7 +107,7 @@ def test_the_gradient_comes_back_in_parts(weight, mesh):
     alone = jax.jit(jax.grad(lambda w, x: loss(w, x, lambda w: w), (0, 1)))(w, x)
 
     def run(part, x):
-        how = lies(axes, inputs, BLOCK)
+        how = cut_of(axes, inputs, BLOCK)
         return jax.grad(lambda w, x: loss(w, x, lambda w: crossed(w, how)), (0, 1))(part, x)
 
     with on(mesh):
@@ -120,7 +120,7 @@ def test_the_gradient_comes_back_in_parts(weight, mesh):
 
 def test_what_is_stored_ends_with_blocks_or_is_not_stored():
     """Of what heads and hidden values are cut into; (K, N) whole, cut into four, into eight."""
-    named = functools.partial(blocks_lie, inputs=1, block=BLOCK)
+    named = functools.partial(blocks_spec, inputs=1, block=BLOCK)
     with jax.set_mesh(make_mesh(MeshConfig(tensor=4, fsdp=2))):
         assert named(("embed", "mlp"), (40, 128)) == PartitionSpec(None, "tensor")
         assert named(("mlp", "embed"), (128, 40)) == PartitionSpec("tensor", None)
@@ -136,7 +136,7 @@ def test_what_is_stored_ends_with_blocks_or_is_not_stored():
 
 
 def test_what_is_not_cut_or_cut_otherwise_does_not_cross_so():
-    ask = functools.partial(lies, inputs=1, block=BLOCK)
+    ask = functools.partial(cut_of, inputs=1, block=BLOCK)
     found = {}
 
     def run(x):
@@ -162,7 +162,7 @@ def test_four_bytes_a_value_do_not_cross(mesh, float32):
     w, x = drawn((160, 48)), drawn((24, 160))
 
     def run(part, x):
-        how = lies(("embed", "mlp"), 1, BLOCK)
+        how = cut_of(("embed", "mlp"), 1, BLOCK)
         of = lambda w: linear("tk,kn->tn", x, crossed(w, how), RECIPE)  # noqa: E731
         y, back = jax.vjp(of, part)
         return back(y)[0]

@@ -98,10 +98,10 @@ class _Worker:
         """Raises RuntimeError if the worker does not come up."""
         try:
             reply = self._receive(time.monotonic() + self.limits.start_s)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # it closed, or what it wrote is no reply
             raise RuntimeError(f"a worker did not start: {error!r}") from error
         if "ready" not in reply:
-            raise RuntimeError(f"a worker did not start: {reply['error']}")
+            raise RuntimeError(f"a worker did not start: {reply.get('error', reply)}")
 
     def alive(self) -> bool:
         return self.process.poll() is None
