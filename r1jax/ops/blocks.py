@@ -60,8 +60,9 @@ class Blocks:
 
     @property
     def matrix(self) -> Scaled:
-        """[..., K', N'], as products take it."""
-        return Scaled(self.values, self.scale)
+        """[..., K', N'], as products take it; without a master it has no derivative."""
+        whole = Scaled(self.values, self.scale)
+        return _not_trained(whole) if self.master is None else whole
 
     @property
     def like_master(self) -> jax.Array:
@@ -105,6 +106,19 @@ class Blocks:
         k = math.prod(self.own[: self.inputs])
         n = math.prod(self.own[self.inputs :])
         return whole[..., :k, :n].reshape(self.shape).astype(dtype)
+
+
+@jax.custom_vjp
+def _not_trained(matrix: Scaled) -> Scaled:
+    """The same. Asked for its gradient it raises: a weight without a master would never move."""
+    return matrix
+
+
+def _refused(*_):
+    raise ValueError("a weight in blocks has no derivative: differentiate the one it was made of")
+
+
+_not_trained.defvjp(_refused, _refused)
 
 
 def in_blocks(w: jax.Array | BlockScaled, own: int, inputs: int, block: int) -> Blocks:

@@ -64,11 +64,17 @@ def test_experts_are_those_of_the_weights(recipe):
     np.testing.assert_array_equal(jax.jit(run)(held), jax.jit(run)(tuple(weights)))
 
 
-def test_they_have_no_gradient():
+def test_they_have_no_gradient_and_activations_have():
     x, w = drawn(3, (2, 8), (8, 4))
     held = in_blocks(w, 2, 1, 4)
-    with pytest.raises(ValueError, match="no derivative"):
-        jax.grad(lambda x: linear("bd,df->bf", x, held, RECIPES["plain"]).sum())(x)
+
+    def loss(x, w):
+        return (linear("bd,df->bf", x, w, RECIPES["plain"]) ** 2).sum()
+
+    np.testing.assert_array_equal(*(jax.jit(jax.grad(loss))(x, w) for w in (w, held)))
+    for call in (jax.grad(loss, argnums=1), jax.jit(jax.grad(loss, argnums=(0, 1)))):
+        with pytest.raises(ValueError, match="no derivative"):
+            call(x, held)
 
 
 def test_only_the_whole_can_be_read():
