@@ -44,7 +44,7 @@ class Apart:
         """
         self.mesh, self._ours = meshes_apart(mesh, sampler)
         self._give = None
-        self._held = program(_held, donate_argnums=0)
+        self._held = program(_held)
 
     def weights(self, state: TrainState) -> TrainState:
         """The state's weights on these devices, as decoding uses them. It does not wait for them.

@@ -52,13 +52,14 @@ def on(mesh):
 
 
 def made(w, axes, inputs):
-    """{field: array} of the blocks that every device holds of the whole weight."""
+    """(values, scale) of the blocks that every device holds of the whole weight."""
 
     def run(part):
         how = cut_of(axes, inputs, BLOCK)
         assert how is not None
         found = crossed(part, how)
-        assert (found.shape[len(axes) - part.ndim :], found.inputs) == (found.shape, inputs)
+        own = len(axes) - axes.count("expert")
+        assert (found.shape[-own:], found.inputs) == (w.shape[-own:], inputs)
         return found.values, found.scale
 
     first = spec(axes[0], None, None) if axes[0] == "expert" else spec(None, None)
