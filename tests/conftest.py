@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight virtual CPU devices for every test, one hypothesis profile, programs forgotten in time."""
 
+import importlib.metadata
 import os
 
-# Both must be set before the first `import jax`. On real chips: JAX_PLATFORMS=tpu,cpu pytest -m tpu
+# All must be set before the first `import jax`. On real chips: JAX_PLATFORMS=tpu,cpu pytest -m tpu
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little: level 0 halves the compilations.
-for _flag, _value in (
-    ("--xla_force_host_platform_device_count", 8),
-    ("--xla_backend_optimization_level", 0),
-):
+# Tests compile much and compute little: level 0 halves the compilations, and so do the emitters of
+# old where XLA still has them (the tests of the newest JAX run those that replaced them).
+_flags = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 0}
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _flags["--xla_cpu_use_fusion_emitters"] = "false"
+for _flag, _value in _flags.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 # As `r1jax.cli.pages` says, for the workers and the commands that tests start: an eighth faster.

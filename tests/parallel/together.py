@@ -2,6 +2,7 @@
 """`r1jax train` in several real processes of some CPU devices each, on one machine."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -81,10 +82,10 @@ class Run:
 
 
 def environment(devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    count = "--xla_force_host_platform_device_count="
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": re.sub(rf"{count}\d+", f"{count}{devices}", os.environ["XLA_FLAGS"]),
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "PYTHONPATH": str(ROOT),
     }
