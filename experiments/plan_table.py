@@ -4,7 +4,7 @@
 Every row is kept as soon as it is known, and the same command goes on where it stopped. A row takes
 minutes and some GB; libtpu must be installed.
 
-    python experiments/plan_table.py [--out runs/plan/table.jsonl] [--only v5p-1024]
+    python experiments/plan_table.py [--out runs/plan/table.jsonl] [--only v5p-1024 | --only decode]
 """
 
 import argparse
@@ -24,6 +24,7 @@ ROWS = (
     ("v5p-1024", "grpo", ()),
     ("v5p-1024", "decode", ()),
     ("tpu7x-256", "decode", ()),
+    ("tpu7x-256", "decode", (FP8,)),
     ("v6e-256", "decode", (("sampling.layout", "training"),)),
     ("v6e-256", "decode", (("grpo.prompts", "16"), ("mesh.expert", "128"), ("mesh.tensor", "2"))),
     ("v5p-1024", "train", ()),
@@ -59,12 +60,12 @@ def main() -> None:
     """Compiles what is not known yet and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/plan/table.jsonl"))
-    parser.add_argument("--only", help="rows of this pod alone")
+    parser.add_argument("--only", help="rows of this pod, or of this program, alone")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     lines = [HEADINGS, ("---",) * len(HEADINGS)]
     for name, what, changes in ROWS:
-        if args.only in (None, name):
+        if args.only in (None, name, what):
             tree = overrides.load(CONFIG)
             overrides.apply(tree, changes)
             cfg = from_config_dict(PlanConfig, tree)

@@ -59,6 +59,12 @@ def ruled(rules: Rules) -> Iterator[None]:
         _in_force.reset(token)
 
 
+def decoding() -> bool:
+    """Whether `DECODING` is in force: devices hold all that a token asks of them but the experts,
+    heads, hidden values and columns of others."""
+    return _in_force.get() is DECODING
+
+
 def spec(*axes: str | None) -> PartitionSpec:
     """Mesh axes of an array whose logical axes are `axes`, under the mesh in force.
 

@@ -20,6 +20,7 @@ class GQA(nnx.Module):
     """Grouped-query attention with rotary halves; caches rotated keys and values."""
 
     Part = KVPart
+    ENTRY = ("heads", None), ("heads", None)  # logical axes of what is cached of a token
 
     def __init__(self, cfg: DenseConfig):
         d, h, j, k = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim

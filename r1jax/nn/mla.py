@@ -27,6 +27,7 @@ class MLA(nnx.Module):
     """
 
     Part = LatentPart
+    ENTRY = (None,), (None,)  # logical axes of what is cached of a token
 
     def __init__(
         self,

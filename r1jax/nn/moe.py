@@ -14,7 +14,7 @@ from r1jax.ops.routing import Routing, expert_load, route, sequence_balance_loss
 from r1jax.parallel import dispatch
 from r1jax.parallel.eplb import Placement, beside
 from r1jax.parallel.relocation import with_copies
-from r1jax.sharding import count, index, local, spec, total, unpartitioned
+from r1jax.sharding import count, decoding, index, local, spec, total, unpartitioned
 
 
 class Router(nnx.Module):
@@ -111,7 +111,7 @@ class MoE(nnx.Module):
         cut = ("expert",) if unpartitioned("embed") else ("batch", "expert", "mlp")
         pieces = unpartitioned(*cut)
         if not pieces:
-            if place is None and count("expert") > 1 and cfg.redundant_experts:
+            if place is None and not decoding() and count("expert") > 1 and cfg.redundant_experts:
                 held, place = self._copied(held, routing.index_TK, dtype)
             return run(x_TD, routing.index_TK, routing.weight_TK, held, place)
         short = -len(x_TD) % pieces

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from r1jax.infer.decode import Prompt, empty_cache, light, prefill, step
+from r1jax.infer.decode import Prompt, dealt, empty_cache, light, prefill, step
 from r1jax.infer.redundant import Copies, served
 from r1jax.infer.sample import Sample, sample
 from r1jax.nn.param import resident, specs
@@ -144,9 +144,9 @@ def _rollout(
     rows = temperature_B.shape[0]
     model = light(model)
     with jax.named_scope("prefill"):
-        prompt = prefill(model, prompt_PS, prompt_valid_PS)
+        prompt = dealt(model, prefill(model, prompt_PS, prompt_valid_PS), rows)
     draw = functools.partial(_draw, temperature_B=temperature_B, top_k=top_k, top_p=top_p)
-    start = _start(prompt, rows, max_new_tokens, pad_id)
+    start = _start(model, prompt, rows, max_new_tokens, pad_id)
     head_DN = model.head_DN().astype(prompt.hidden_PD.dtype)
 
     def go_on(c):
@@ -165,13 +165,13 @@ def _rollout(
     return settled(Rollout(prompt_PS, prompt_valid_PS, *by_row, c["done"]))
 
 
-def _start(prompt: Prompt, rows: int, length: int, pad_id: int) -> dict[str, Any]:
+def _start(model, prompt: Prompt, rows: int, length: int, pad_id: int) -> dict[str, Any]:
     """What the decoding loop carries, before its first token; hidden predicts that token."""
     blank_BT = jnp.zeros((rows, length), jnp.float32)
     return dict(
         t=jnp.int32(0),
         hidden=jnp.repeat(prompt.hidden_PD, rows // prompt.hidden_PD.shape[0], axis=0),
-        own=empty_cache(prompt, rows, length),
+        own=empty_cache(model, prompt, rows, length),
         done=jnp.zeros(rows, bool),
         tokens=jnp.full((rows, length), pad_id, jnp.int32),
         mask=blank_BT,

@@ -183,17 +183,17 @@ def _token(cfg: PlanConfig, mesh: Mesh, rules: Rules) -> Job:
     prompts, rows = cfg.grpo.prompts, cfg.grpo.prompts * cfg.grpo.group_size
     length, new = cfg.sampling.prompt_length, cfg.sampling.max_new_tokens
     tokens_PS, valid_PS = (jax.ShapeDtypeStruct((prompts, length), d) for d in (jnp.int32, bool))
-    prompt = jax.eval_shape(lambda s, *p: decode.prefill(s.model(), *p), state, tokens_PS, valid_PS)
-    own = jax.eval_shape(lambda p: decode.empty_cache(p, rows, new), prompt)
-    lie = lambda tree, *axes: _placed(  # noqa: E731
-        tree, jax.tree.map(lambda x: _fitting(mesh, x.shape, axes), tree), mesh
-    )
-    prompt = decode.Prompt(
-        lie(prompt.hidden_PD, "batch"),
-        lie(prompt.entries, None, "batch"),
-        lie(prompt.valid_PS, "batch"),
-    )
-    own = lie(own, None, "batch")
+    model = state.model()
+
+    def caches(model, *prompts: jax.Array):
+        prompt = decode.dealt(model, decode.prefill(model, *prompts), rows)
+        return prompt, decode.empty_cache(model, prompt, rows, new)
+
+    lie = lambda x, axes: _placed(x, _fitting(mesh, x.shape, axes), mesh)  # noqa: E731
+    (hidden_PD, entries, valid_PS), own = jax.eval_shape(caches, model, tokens_PS, valid_PS)
+    entries, own = (decode.by_entry(lie, model, cache) for cache in (entries, own))
+    row = ("batch", None)
+    prompt = decode.Prompt(lie(hidden_PD, row), entries, lie(valid_PS, row))
     vector = lambda dtype: _array(mesh, (rows,), dtype, "batch")  # noqa: E731
     chance = (vector(jnp.float32), _array(mesh, (2,), jnp.uint32))
     return Job(

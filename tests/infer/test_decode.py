@@ -28,7 +28,7 @@ def decoded(model, prompt_PS, valid_PS, tokens_BT):
     """Final hidden states [B, 1 + T, D] with the cache: of the prompt's end, then of each token."""
     prompt = prefill(model, prompt_PS, valid_PS)
     rows, new = tokens_BT.shape
-    start = empty_cache(prompt, rows, new)
+    start = empty_cache(model, prompt, rows, new)
 
     def body(own, at):
         hidden, own = step(model, tokens_BT[:, at], prompt, own, at)

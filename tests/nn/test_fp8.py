@@ -338,7 +338,7 @@ def test_the_sampler_sees_what_the_trainer_sees(cfg, dtype):
     @jax.jit
     def cached(model):
         prompt = prefill(model, tokens[:, :5], jnp.ones((2, 5), bool))
-        own, rows = empty_cache(prompt, 2, 4), []
+        own, rows = empty_cache(model, prompt, 2, 4), []
         for i in range(4):
             hidden, own = step(model, tokens[:, 5 + i], prompt, own, jnp.int32(i))
             rows.append(hidden)

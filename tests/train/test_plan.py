@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from r1jax.cli.plan_table import write_plan, write_search
-from r1jax.config import GRPOConfig, MeshConfig, OptimConfig, PlanConfig, SamplingConfig
+from r1jax.config import FP8Config, GRPOConfig, MeshConfig, OptimConfig, PlanConfig, SamplingConfig
 from r1jax.eval.plan_picture import draw
 from r1jax.nn.build import build
 from r1jax.nn.count import decode_flops, forward_flops, size, train_flops
@@ -361,3 +361,22 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_there(pod, mesh):
     assert facts["collectives_gb"]["all-gather"]["fsdp"] > 0
     assert 1.0 < facts["counted_flops"] / facts["model_flops"] < 3.0
     assert (facts["seconds"]["network"] > 0) == pod.startswith("2x")
+
+
+@libtpu
+@pytest.mark.slow
+def test_a_token_in_fp8_reads_its_weights_once():
+    """A byte a value, by the recipe's kernels; XLA would make float32 of all of them first."""
+    mla = dict(num_heads=8, q_lora_rank=512, kv_lora_rank=512)
+    mla |= dict(qk_nope_head_dim=128, qk_rope_head_dim=128, v_head_dim=128)
+    moe = dataclasses.replace(MODEL.moe, moe_intermediate_size=512)
+    wide = dict(hidden_size=1024, intermediate_size=4096, num_layers=2, mtp_depth=0, moe=moe)
+    wide |= dict(dtype="bfloat16", mla=dataclasses.replace(MODEL.mla, **mla))
+    wide |= dict(fp8=FP8Config(enabled=True, block=128))
+    model = dataclasses.replace(MODEL, **wide)
+    cfg = dataclasses.replace(CFG, model=model, mesh=MeshConfig(expert=4, fsdp=2))
+    found = plan(cfg, parse_name("tpu7x-8"), "decode")
+    held = found.arguments["parameters"]
+    dealt = lambda v: 4 if "expert" in v.out_sharding else 1  # noqa: E731
+    assert held < 1.1 * sum(v[...].size / dealt(v) for v in leaves(build(model)).values())
+    assert found.costs.traffic < 1.2 * held
