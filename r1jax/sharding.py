@@ -4,9 +4,10 @@
 Modules name what an axis *is* ("batch", "embed", "expert"); `RULES` says which mesh axes carry
 it. Without a mesh every function here is the identity or a plain `jnp` call.
 
-A training step opens one region with `local`: inside, every device runs the modules on its own
-rows, positions, heads and experts, and what has to cross devices is said with `gather`, `total` and
-`share`. Those three are the identity outside such a region, where XLA partitions by itself.
+A training step opens one region with `local`, and so do the layers of a decoding step: inside,
+every device runs the modules on its own rows, positions, heads and experts, and what has to cross
+devices is said with `gather`, `total` and `share`. Those three are the identity outside such a
+region, where XLA partitions by itself.
 """
 
 import contextlib
@@ -60,8 +61,8 @@ def ruled(rules: Rules) -> Iterator[None]:
 
 
 def decoding() -> bool:
-    """Whether `DECODING` is in force: devices hold all that a token asks of them but the experts,
-    heads, hidden values and columns of others."""
+    """Whether `DECODING` is in force: nothing is cut but rows, experts, heads, hidden values and
+    the vocabulary."""
     return _in_force.get() is DECODING
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill and one cached step, for any decoder made of stacks (`Transformer`, `DenseTransformer`).
 
-The cache is in two parts: the prompts', held once for all samples of a prompt, and each row's own.
-For MLA an entry is the latent and the rotated key, C + R values a token a layer.
+The cache is in two parts: the prompts', held once for all samples of a prompt (on a mesh once for
+those that a device draws), and each row's own. For MLA an entry is the latent and the rotated key,
+C + R values a token a layer.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from r1jax.nn.block import Entry, Step, run_cached
-from r1jax.nn.param import resident, specs
+from r1jax.nn.param import all_in_blocks, resident, specs
 from r1jax.sharding import constrain, decoding, local, pieces, spec
 
 
@@ -56,28 +57,38 @@ def prefill(model, tokens_PS: jax.Array, valid_PS: jax.Array) -> Prompt:
     return Prompt(out.hidden_BTD[:, -1], out.entries, valid_PS)
 
 
-def dealt(model, prompt: Prompt, rows: int) -> Prompt:
-    """The prompts as `step` wants them where weights lie for decoding: cut over devices with their
-    rows, [P · n, ...].
+def by_rows(model, prompt: Prompt, rows: int) -> Prompt:
+    """The prompts laid out as `step` wants them: in a region of local code a device has those of
+    its own rows, [P · n, ...] over all of them.
 
-    A prompt whose rows lie on several devices is there n times. As it is where `step` has no region
-    of local code: elsewhere, and for rows that the devices do not divide.
+    A prompt is there n times if its rows lie on n devices. Where `step` has no such region the
+    prompts stay as they are.
 
     Args:
         rows: B, of all prompts.
     """
-    n, prompts = pieces("batch"), prompt.hidden_PD.shape[0]
-    if not decoding() or rows % n:
+    devices, prompts = pieces("batch"), prompt.hidden_PD.shape[0]
+    if not _local(model, rows):
         return prompt
     group = rows // prompts
-    times = next(c for c in range(1, group + 1) if not group % c and not prompts * c % n)
+    times = next(n for n in range(1, group + 1) if not group % n and not prompts * n % devices)
     repeated = lambda x, axes: constrain(jnp.repeat(x, times, axis=1), *axes)  # noqa: E731
-    entries = by_entry(repeated, model, prompt.entries)
+    entries = map_entries(repeated, model, prompt.entries)
     hidden_PD, valid_PS = (
         constrain(jnp.repeat(x, times, axis=0), "batch", None)
         for x in (prompt.hidden_PD, prompt.valid_PS)
     )
     return Prompt(hidden_PD, entries, valid_PS)
+
+
+def _local(model, rows: int) -> bool:
+    """Whether a step is a region of local code: where weights lie for decoding, the devices divide
+    the rows, and by the FP8 recipe all weights are in whole blocks.
+
+    A device's piece of other weights would make blocks of its own, and other tokens.
+    """
+    whole = not model.cfg.fp8.enabled or all_in_blocks(model.stacks())
+    return decoding() and whole and rows % pieces("batch") == 0
 
 
 def empty_cache(model, prompt: Prompt, rows: int, length: int) -> tuple[Entry, ...]:
@@ -86,10 +97,10 @@ def empty_cache(model, prompt: Prompt, rows: int, length: int) -> tuple[Entry, .
     def blank(x, axes):
         return constrain(jnp.zeros((x.shape[0], rows, length, *x.shape[3:]), x.dtype), *axes)
 
-    return by_entry(blank, model, prompt.entries)
+    return map_entries(blank, model, prompt.entries)
 
 
-def by_entry(fn: Callable, model, entries: tuple[Entry, ...]) -> tuple[tuple[Any, ...], ...]:
+def map_entries(fn: Callable, model, entries: tuple[Entry, ...]) -> tuple[tuple[Any, ...], ...]:
     """`fn(array, its logical axes)` of all that is cached, arrays [L, B, S, ...]."""
     return tuple(
         tuple(
@@ -103,9 +114,8 @@ def by_entry(fn: Callable, model, entries: tuple[Entry, ...]) -> tuple[tuple[Any
 def step(model, token_B: jax.Array, prompt: Prompt, own: tuple[Entry, ...], index: jax.Array):
     """Feeds one token a row at slot `index` of the own cache.
 
-    Where weights lie for decoding, and the devices divide rows and prompts (`dealt`), all layers
-    are one region in which a device has its own rows: what is not known to XLA as a product, the
-    recipe's kernels, it could not partition.
+    Of prompts that `by_rows` has laid out all layers are one region of local code, in which a
+    device has its own rows: XLA cannot partition the recipe's kernels by itself.
 
     Args:
         token_B: [B] int32, B a multiple of the prompts P; row b belongs to prompt b // (B / P).
@@ -121,22 +131,21 @@ def step(model, token_B: jax.Array, prompt: Prompt, own: tuple[Entry, ...], inde
     positions_B1 = valid_BS.sum(-1, keepdims=True, dtype=jnp.int32) + index
     turn = model.rotation(positions_B1)
     x_B1D = model.embed_tokens(token_B[:, None])
-    run, stacks = _through, model.stacks()
-    if decoding() and not (rows % pieces("batch") or prompts % pieces("batch")):
+    at = Step(valid_BS[:, None], own_mask, index)
+    run, layers = _layers, (model.stacks(), model.norm)
+    if _local(model, rows) and prompts % pieces("batch") == 0:
         row = spec("batch", None, None)
-        entries = by_entry(lambda _, axes: spec(*axes), model, own)
-        where = (specs((stacks, model.norm)), row, (row, row), entries, entries, row, row, spec())
-        run = local(_through, where, (row, entries))
-    at = valid_BS[:, None], own_mask, index
-    hidden_B1D, own = run((stacks, model.norm), x_B1D, turn, prompt.entries, own, *at)
+        entries = map_entries(lambda _, axes: spec(*axes), model, own)
+        lie = Step(row, row, spec(), spec())
+        run = local(run, (specs(layers), row, (row, row), (entries,) * 2, lie), (row, entries))
+    hidden_B1D, own = run(layers, x_B1D, turn, (prompt.entries, own), at)
     return hidden_B1D[:, 0], own
 
 
-def _through(layers, x_B1D, turn, entries, own, prompt_mask_B1S, own_mask_B1S, index):
+def _layers(layers, x_B1D, turn, caches, at: Step):
     """All stacks and the final norm on embedded tokens: (hidden_B1D, own caches)."""
     (stacks, norm), written = layers, []
-    at = Step(prompt_mask_B1S, own_mask_B1S, index)
-    for stack, entry, cache in zip(stacks, entries, own, strict=True):
+    for stack, entry, cache in zip(stacks, *caches, strict=True):
         x_B1D, cache = run_cached(stack, x_B1D, turn, prompt=entry, own=cache, step=at)
         written.append(cache)
     return norm(x_B1D), tuple(written)

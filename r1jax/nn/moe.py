@@ -106,11 +106,12 @@ class MoE(nnx.Module):
             y_TD, overflow = dispatch.dispatch(x_TD, index_TK, weight_TK, weights, **how)
             return total(y_TD, "mlp"), overflow
 
-        # Where XLA is partitioning, as in decoding, experts stay where they are all the same; and
+        # Where XLA is partitioning, as in prefill, experts stay where they are all the same; and
         # rows do, unless the experts' weights would have to come to them.
         cut = ("expert",) if unpartitioned("embed") else ("batch", "expert", "mlp")
         pieces = unpartitioned(*cut)
         if not pieces:
+            # A token would not be worth the way of the copies.
             if place is None and not decoding() and count("expert") > 1 and cfg.redundant_experts:
                 held, place = self._copied(held, routing.index_TK, dtype)
             return run(x_TD, routing.index_TK, routing.weight_TK, held, place)

@@ -234,6 +234,12 @@ def has_blocks(module: nnx.Module) -> bool:
     return any(isinstance(variable.get_value(), Blocks) for variable in leaves(module).values())
 
 
+def all_in_blocks(tree: Any) -> bool:
+    """Whether all weights of the recipe's products are in blocks already."""
+    variables = filter(_is_variable, jax.tree.leaves(tree, is_leaf=_is_variable))
+    return all(isinstance(x.get_value(), Blocks) for x in variables if x.inputs)
+
+
 def leaves(module: nnx.Module) -> dict[str, nnx.Variable]:
     """{dotted path, as `moe_layers.attention.w_uk`: variable} of a module."""
     flat, _ = jax.tree_util.tree_flatten_with_path(nnx.state(module), is_leaf=_is_variable)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from r1jax.infer.decode import Prompt, dealt, empty_cache, light, prefill, step
+from r1jax.infer.decode import Prompt, by_rows, empty_cache, light, prefill, step
 from r1jax.infer.redundant import Copies, served
 from r1jax.infer.sample import Sample, sample
 from r1jax.nn.param import resident, specs
@@ -144,7 +144,7 @@ def _rollout(
     rows = temperature_B.shape[0]
     model = light(model)
     with jax.named_scope("prefill"):
-        prompt = dealt(model, prefill(model, prompt_PS, prompt_valid_PS), rows)
+        prompt = by_rows(model, prefill(model, prompt_PS, prompt_valid_PS), rows)
     draw = functools.partial(_draw, temperature_B=temperature_B, top_k=top_k, top_p=top_p)
     start = _start(model, prompt, rows, max_new_tokens, pad_id)
     head_DN = model.head_DN().astype(prompt.hidden_PD.dtype)

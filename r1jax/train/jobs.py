@@ -186,12 +186,12 @@ def _token(cfg: PlanConfig, mesh: Mesh, rules: Rules) -> Job:
     model = state.model()
 
     def caches(model, *prompts: jax.Array):
-        prompt = decode.dealt(model, decode.prefill(model, *prompts), rows)
+        prompt = decode.by_rows(model, decode.prefill(model, *prompts), rows)
         return prompt, decode.empty_cache(model, prompt, rows, new)
 
     lie = lambda x, axes: _placed(x, _fitting(mesh, x.shape, axes), mesh)  # noqa: E731
     (hidden_PD, entries, valid_PS), own = jax.eval_shape(caches, model, tokens_PS, valid_PS)
-    entries, own = (decode.by_entry(lie, model, cache) for cache in (entries, own))
+    entries, own = (decode.map_entries(lie, model, cache) for cache in (entries, own))
     row = ("batch", None)
     prompt = decode.Prompt(lie(hidden_PD, row), entries, lie(valid_PS, row))
     vector = lambda dtype: _array(mesh, (rows,), dtype, "batch")  # noqa: E731

@@ -144,6 +144,13 @@ def test_in_fp8_the_loop_is_given_blocks(cfg, mesh, kind):
     assert found["shard_map"] == found["dot_general"] == 1
 
 
+@pytest.mark.slow
+def test_in_fp8_parts_that_end_inside_blocks_draw_the_same():
+    """Six of twelve hidden values a device, in blocks of four."""
+    odd = dataclasses.replace(test_fp8.QWEN2, intermediate_size=12)
+    check(odd, MeshConfig(fsdp=4, tensor=2))
+
+
 def loop_of(jaxpr):
     """The decoding loop inside a program."""
     for eqn in jaxpr.eqns:
