@@ -87,8 +87,9 @@ def _local(model, rows: int) -> bool:
 
     A device's piece of other weights would make blocks of its own, and other tokens.
     """
-    whole = not model.cfg.fp8.enabled or all_in_blocks(model.stacks())
-    return decoding() and whole and rows % pieces("batch") == 0
+    if not decoding() or rows % pieces("batch"):
+        return False
+    return not model.cfg.fp8.enabled or all_in_blocks(model.stacks())
 
 
 def empty_cache(model, prompt: Prompt, rows: int, length: int) -> tuple[Entry, ...]:

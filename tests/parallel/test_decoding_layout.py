@@ -130,8 +130,8 @@ def test_redundant_experts_draw_the_same(cfg, mesh, kind, redundant):
     ],
 )
 def test_in_fp8_the_loop_is_given_blocks(cfg, mesh, kind):
-    """All of them: on these meshes no device's part of a weight ends inside a block. And of all
-    products XLA is to partition that with the head alone: it could not one by a kernel."""
+    """All of them: on these meshes no device's part of a weight ends inside a block. And XLA is to
+    partition the head's product alone: it could not partition a kernel."""
     check(cfg, mesh, kind)
     state = tiny.state(cfg)
     with on(mesh, kind):
